@@ -1,0 +1,84 @@
+"""What is attached to one module, and what it sees of the module it is attached to."""
+
+import abc
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import hosts
+
+
+class Base:
+    """The layer as it was before one adapter: the host, with the adapters that were attached earlier.
+
+    ``base(x)`` runs it, ``base.weight`` reads its weight as an (out, in) matrix (dequantised, through the weight
+    adapters below), ``base.host`` is the module itself.
+    """
+
+    def __init__(self, host: nn.Module, below: "Base | None" = None, adapter: "Adapter | None" = None) -> None:
+        self.host, self._below, self._adapter = host, below, adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adapter is None or self._below is None:
+            return self.host.unadapted(*args, **kwargs)
+        return self._adapter(self._below, *args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        if self._adapter is None or self._below is None:
+            return hosts.read(self.host)
+        below = self._below.weight
+        return self._adapter.weight(below) if isinstance(self._adapter, WeightAdapter) else below
+
+
+class Adapter(nn.Module, abc.ABC):
+    """What is attached to one host module. Its tensors are parameters and buffers of its own, never child layers.
+
+    ``axes`` names every dimension of every tensor that resizing, surgery or a file may change, for example
+    ``{"A": ("rank", "in"), "B": ("out", "rank")}``. Structure is read back from a file's shapes by it.
+    """
+
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    @abc.abstractmethod
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        """Wraps the host's call: ``base(*args, **kwargs)`` is what the host would have returned."""
+
+    def reset_parameters(self) -> None:
+        """Set initial values, also after the adapter was made on the meta device (PyTorch's convention)."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Adapter":
+        # Trained tensors keep their precision when the model is cast (bf16-true, half()), as torch's RNNs keep their
+        # layout here: a float32 master rounded through bf16 would make a resumed run differ from its original.
+        def keep_dtype(t: Tensor) -> Tensor:
+            new = fn(t)
+            return t.to(new.device) if new.dtype != t.dtype else new
+
+        return super()._apply(keep_dtype, recurse)
+
+    def cast(self, dtype: torch.dtype, device: torch.device | str | None) -> None:
+        """Move to a device and set the dtype of the floating tensors, the one way to change it."""
+        super()._apply(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, axes in self.axes.items():  # ranks may have moved before the file was written
+            new, old = state_dict.get(prefix + name), getattr(self, name)
+            if new is not None and new.shape != old.shape and len(new.shape) == len(axes):
+                old.data = old.data.new_empty(new.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class WeightAdapter(Adapter):
+    """A map on the host's weight matrix; only these merge.
+
+    ``weight`` is the definition. ``forward`` defaults to the host's map with that weight; a subclass may add a faster
+    one, and the conformance suite proves the two equal.
+    """
+
+    @abc.abstractmethod
+    def weight(self, W: Tensor) -> Tensor:
+        """The adapted (out, in) matrix for the matrix below; differentiable in the adapter's parameters."""
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:
+        return hosts.run(base.host, self.weight(base.weight), x)

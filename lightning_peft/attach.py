@@ -1,0 +1,135 @@
+"""Attach adapters to modules and take them off again, find targets, list what is attached."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft import hosts
+from lightning_peft.adapter import Adapter, Base
+
+
+def _no_effect(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing. Its presence alone turns off torch's fused TransformerEncoderLayer path."""
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one host, in the order of attachment, under ``host.adapters``.
+
+    It carries a forward pre-hook although it is never called: nn.TransformerEncoderLayer reads its layers' weights
+    directly in evaluation unless a module below it has a hook, and would then skip the adapters.
+    """
+
+    active: bool = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_no_effect)
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    adapted = _adapted(cls)
+    return adapted.__new__(adapted)
+
+
+@functools.cache
+def _adapted(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``cls`` whose forward goes through ``self.adapters``; one for each host class."""
+
+    class Adapted(cls):
+        unadapted = cls.forward
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.adapters.active:
+                return self.unadapted(*args, **kwargs)
+            base = Base(self)
+            for adapter in self.adapters.values():
+                base = Base(self, base, adapter)
+            return base(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:  # a class made at run time cannot be pickled by its name
+            return _rebuild, (cls,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+    Adapted.__name__ = f"Adapted{cls.__name__}"
+    Adapted.__qualname__ = Adapted.__name__
+    Adapted.__module__ = cls.__module__
+    return Adapted
+
+
+def is_adapted(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "adapters", None), Adapters)
+
+
+def attach(host: nn.Module, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
+    """Put ``adapter`` on ``host`` under ``host.adapters[name]``, on the host's device.
+
+    The host keeps its state-dict keys and its type (the class becomes a subclass of it), several adapters stack in
+    order, and ``detach`` restores it exactly.
+
+    Args:
+        host: any module whose forward is really called.
+        name: the tag, one of each per host.
+        adapter: what wraps the call.
+        dtype: of the adapter's floating tensors.
+
+    Raises:
+        ValueError: the name is taken, or the host cannot carry adapters.
+    """
+    if isinstance(host, nn.MultiheadAttention) and hosts.kind(host) is None and hasattr(adapter, "weight"):
+        raise ValueError("nn.MultiheadAttention has no weight to adapt: it bypasses its projections' forward")
+    if not is_adapted(host):
+        if hasattr(host, "adapters"):
+            raise ValueError(f"{type(host).__name__} already has an attribute 'adapters', so none can be attached")
+        host.adapters = Adapters()
+        host.__class__ = _adapted(type(host))
+    if name in host.adapters:
+        raise ValueError(f"an adapter {name!r} is already attached here; give one method another name")
+    device = next((t.device for t in (*host.parameters(recurse=False), *host.parameters())), None)
+    adapter.cast(dtype, device)
+    adapter.train(host.training)
+    host.adapters[name] = adapter
+
+
+def detach(host: nn.Module, name: str) -> Adapter:
+    """Take an adapter off; with the last one the host is what it was before, class included."""
+    if not is_adapted(host) or name not in host.adapters:
+        raise ValueError(f"no adapter {name!r} is attached to this {type(host).__name__}")
+    adapter = host.adapters[name]
+    del host.adapters[name]
+    if not host.adapters:
+        del host.adapters
+        host.__class__ = type(host).__mro__[1]
+    assert isinstance(adapter, Adapter)
+    return adapter
+
+
+def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules with their names: adapters and what they hold are left out."""
+    inside = {id(m) for _, host in model.named_modules() if is_adapted(host) for m in host.adapters.modules()}
+    return ((name, m) for name, m in model.named_modules() if id(m) not in inside)
+
+
+def adapters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    """(module name, host, adapter) of every adapter, or of those attached under ``name``, in the model's order."""
+    for fqn, host in list(model.named_modules()):
+        if is_adapted(host):
+            for tag, adapter in host.adapters.items():
+                if name is None or tag == name:
+                    yield fqn, host, adapter
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run the model without its adapters, as a teacher or reference; trained base parameters stay as they are."""
+    containers = [m for m in model.modules() if isinstance(m, Adapters)]
+    before = [c.active for c in containers]
+    try:
+        for c in containers:
+            c.active = False
+        yield
+    finally:
+        for c, active in zip(containers, before, strict=True):
+            c.active = active

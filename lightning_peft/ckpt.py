@@ -1,0 +1,73 @@
+"""The Lightning checkpoint: what goes into it beside what Lightning puts there, and what must hold before it is used."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lightning_peft import io, resume
+from lightning_peft.inject import Record
+from lightning_peft.resume import Tape
+
+
+def fill(checkpoint: dict[str, Any], trainer: Trainer, model: nn.Module, scope: str, run: str, tape: Tape) -> None:
+    """Drop the frozen base from the state dict and add config, random states and the place in the data.
+
+    Args:
+        checkpoint: changed in place; a full one holds optimizer states, a weights-only one does not.
+        trainer: whose fit it is.
+        model: where methods were injected.
+        scope: name of ``model`` in the LightningModule, "" for the module itself.
+        run: identity of the run.
+        tape: of the training loaders.
+    """
+    prefix = f"{scope}." if scope else ""
+    keep = io.trained_names(model) | {n for n, _ in model.named_buffers()}
+    checkpoint["state_dict"] = {
+        k: v
+        for k, v in checkpoint["state_dict"].items()
+        if not k.startswith(prefix) or k.removeprefix(prefix) in keep or k.endswith("_extra_state")
+    }
+    checkpoint[io.KEY] = io.describe(model, run) | {"scope": scope}
+    if "optimizer_states" in checkpoint or trainer.strategy.lightning_restore_optimizer is False:
+        open_window = trainer.fit_loop.epoch_loop._should_accumulate()  # private: no public way to ask
+        grads = resume.open_gradients(model) if open_window else {}
+        checkpoint[io.KEY] |= {"state": _of_all_ranks(tape.state()), "gradients": grads}
+
+
+def _of_all_ranks(state: Any) -> list[Any]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+def check(checkpoint: dict[str, Any], model: nn.Module, record: Record, scope: str) -> dict[str, Any]:
+    """Refuse a checkpoint of other methods, hyper-parameters or another base; give ``model`` its structure.
+
+    Returns:
+        the config it was written with.
+
+    Raises:
+        ValueError: naming what differs; before anything was loaded.
+    """
+    if io.KEY not in checkpoint:
+        raise ValueError(
+            "the checkpoint was written without lightning-peft: it holds no adapters. To start from its weights, load "
+            "them into the module before the fit (load_state_dict) and pass no ckpt_path"
+        )
+    config = checkpoint[io.KEY]
+    source = "the checkpoint"
+    if config["scope"] != scope:
+        raise ValueError(f"{source} was written with PEFT(model={config['scope']!r}), not model={scope!r}")
+    io.check_methods(record.methods, config, source)
+    io.check_fingerprint(record.base, config["base"], source)
+    io.fit_structure(model, config, source)
+    prefix = f"{scope}." if scope else ""
+    tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    if tensors:  # a sharded strategy has loaded them already and hands over none
+        io.check_keys(model, tensors, source)
+        io.check_shapes(model, tensors, source)
+    return config

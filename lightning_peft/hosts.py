@@ -1,0 +1,101 @@
+"""The layers an adapter can sit on, their weight seen as one (out, in) matrix whatever the layer stores.
+
+Linear stores (out, in); transformers' Conv1D and Embedding store (in, out); a convolution stores
+(out, in / groups, *kernel) and is seen as (out, in / groups * prod(kernel)). A method that is written for the matrix
+therefore works on every host.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_peft import quant
+
+Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_conv1d(host: nn.Module) -> bool:
+    """True for transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out)."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(host).__mro__)
+
+
+def kind(host: nn.Module) -> str | None:
+    """One of "linear", "conv1d" (transformers'), "embedding", "conv"; None where there is no weight we can adapt."""
+    if isinstance(host, nn.Linear):
+        return "linear"
+    if is_conv1d(host):
+        return "conv1d"
+    if isinstance(host, nn.Embedding):
+        return "embedding"
+    return "conv" if isinstance(host, Conv) else None
+
+
+def _transposed(host: nn.Module) -> bool:
+    return kind(host) in ("conv1d", "embedding")
+
+
+def shape(host: nn.Module) -> tuple[int, int]:
+    """(out, in) of the weight as a matrix, right for quantised layers too, whose stored shape says nothing."""
+    if isinstance(host, nn.Linear):
+        return host.out_features, host.in_features
+    out, fan_in = _matrix(host, host.weight).shape
+    return out, fan_in
+
+
+def _matrix(host: nn.Module, weight: Tensor) -> Tensor:
+    return weight.T if _transposed(host) else weight.flatten(1) if isinstance(host, Conv) else weight
+
+
+def _stored(host: nn.Module, matrix: Tensor) -> Tensor:
+    return matrix.T if _transposed(host) else matrix.view_as(host.weight) if isinstance(host, Conv) else matrix
+
+
+def read(host: nn.Module) -> Tensor:
+    """The weight as an (out, in) matrix, dequantised; a view of the stored one where that is possible."""
+    return _matrix(host, quant.dequantize(host) if quant.kind(host) else host.weight)
+
+
+def write(host: nn.Module, matrix: Tensor) -> None:
+    """Write an (out, in) matrix into the host's stored weight, cast once. Only merge and its undoing call this."""
+    with torch.no_grad():
+        if quant.kind(host):
+            quant.requantize(host, matrix)
+        else:
+            host.weight.copy_(_stored(host, matrix))
+
+
+def output_scale(host: nn.Module) -> float | Tensor:
+    """Factor the host multiplies its look-up with (scaled word embeddings of Gemma 3, BART): 1 where there is none."""
+    return getattr(host, "embed_scale", 1.0) if isinstance(host, nn.Embedding) else 1.0
+
+
+def run(host: nn.Module, matrix: Tensor, x: Tensor) -> Tensor:
+    """The host's own map with another (out, in) weight matrix; bias, stride, padding and the like stay the host's."""
+    if isinstance(host, nn.Embedding):
+        rows = F.embedding(
+            x,
+            _stored(host, matrix),
+            host.padding_idx,
+            scale_grad_by_freq=host.scale_grad_by_freq,
+            sparse=host.sparse,
+        )
+        return rows * output_scale(host)
+    matrix = matrix.to(x.dtype)
+    if isinstance(host, Conv):
+        return host._conv_forward(x, _stored(host, matrix), host.bias)  # private, but the one that honours padding_mode
+    bias = host.bias if host.bias is None else host.bias.to(x.dtype)
+    return F.linear(x, matrix, bias)
+
+
+def fan_in(host: nn.Module) -> int:
+    """Inputs that reach one output, the bound of Kaiming's initialisation."""
+    return shape(host)[1]
+
+
+def logical_numel(parameter: nn.Parameter, host: nn.Module | None = None) -> int:
+    """Number of weights a parameter stands for: two per stored byte for a 4-bit weight."""
+    if host is not None and quant.kind(host) and parameter is host.weight:
+        return math.prod(shape(host))
+    return parameter.numel()

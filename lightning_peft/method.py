@@ -1,0 +1,143 @@
+"""The contract between a PEFT method and its host, drawn once as the loop the host runs.
+
+::
+
+    # setup           freeze(model)                        every weight below the target arrives frozen
+    #                 stats = method.calibrate(...)         fresh fits only, when the method overrides it
+    #                 method.inject(model, stats)
+    #                 load weights of ckpt_path             structure is read from the file's shapes
+    #                 optimizers = configure_optimizers()   the user's own
+    #                 method.param_groups(model)            regrouped inside those optimizers
+    #                 method.wrap_optimizer(optimizer, model)
+    #                 load optimizer state of ckpt_path
+    for batch in loader:
+        loss = training_step(batch) + method.penalty(model)  # inside autocast and DDP's forward
+        (loss / accumulate).backward()
+        if last_of_the_accumulation_window:
+            method.before_step(model, step)  # gradients summed, unscaled, not yet clipped
+            clip(); optimizer.step(); optimizer.zero_grad()
+            method.after_step(model, step)   # ranks, masks, pruning: parameters may change shape here
+    # end             method.finish(model)
+    #                 merge(model) if asked, proven on a held batch
+    #                 save(model, folder)
+
+A method knows PyTorch and this file; it never sees Lightning.
+"""
+
+import abc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.adapter import Adapter
+from lightning_peft.attach import adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Where the fit stands.
+
+    Args:
+        index: optimizer steps done before this one (``before_step``) or with this one (``after_step``).
+        optimizers: the optimizers in use, for ``resize`` to slice their moments.
+        planned: optimizer steps of the whole fit, None when Lightning cannot know it.
+    """
+
+    index: int
+    optimizers: list[Optimizer] = field(default_factory=list)
+    planned: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of the whole fit.
+
+        Raises:
+            ValueError: the Trainer has no bound on steps; the user must give one.
+        """
+        if self.planned is None:
+            raise ValueError(
+                "this method's schedule needs the number of optimizer steps, and the Trainer has no bound on them "
+                "(max_time, or a loader without length): pass PEFT(..., total_steps=N) or Trainer(max_steps=N)"
+            )
+        return self.planned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a method is and can do, written with literals only: `lightning-peft methods` reads it without importing.
+
+    Args:
+        family: "reparameterized", "additive", "selective", "hybrid" or "lifecycle".
+        paper: authors, year and arXiv id.
+        parameters: formula of the trainable parameters, for the help text.
+        hosts: kinds of layer it can sit on: "linear", "conv1d", "embedding", "conv", "module" (any), "model" (root).
+        merge: its adapters fold into the base weight.
+        quantized: its adapters run on an NF4, FP4 or int8 base.
+        identity_start: the model's output before the first step equals the base's.
+        needs_weights: its start depends on the base's values, so it cannot be injected on the meta device.
+        encoder_only: cannot serve decoding with a cache.
+    """
+
+    family: str
+    paper: str = ""
+    parameters: str = ""
+    hosts: tuple[str, ...] = ("linear",)
+    merge: bool = False
+    quantized: bool = True
+    identity_start: bool = True
+    needs_weights: bool = False
+    encoder_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """A PEFT method: its hyper-parameters, and what it does at each moment of a fit.
+
+    A subclass is a frozen keyword-only dataclass; its fields are the YAML and the entry in the adapter folder, so they
+    are plain data (or methods themselves). Checks of hyper-parameters belong in ``__post_init__``. State lives in
+    tensors on adapters, never on the method.
+    """
+
+    traits: ClassVar[Traits]
+    name: str
+
+    @abc.abstractmethod
+    def inject(self, model: nn.Module, stats: Any = None) -> None:
+        """Attach adapters, or choose which weights train; all weights arrive frozen.
+
+        ``stats`` is what ``calibrate`` returned; None on a resumed run or a load, when only the structure matters
+        because a file fills in the values.
+        """
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Any:
+        """Look at data before injection, on fresh fits only. ``loss(batch)`` runs the user's training step."""
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        """Parameters that want their own optimizer options: ``{"params": [...], "lr_scale": 16.0, ...}``.
+
+        ``lr_scale`` multiplies the learning rate of the group the parameters came from; every other key replaces
+        that group's option of the same name.
+        """
+
+    def wrap_optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
+        """Own part of the optimizer: return it changed, or another one around it. Runs before its state is loaded."""
+        return optimizer
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A loss term, already weighted; the host adds it to the task's loss and logs it."""
+
+    def before_step(self, model: nn.Module, step: Step) -> None:
+        """After backward and before clipping, once an optimizer step; gradients are summed and unscaled."""
+
+    def after_step(self, model: nn.Module, step: Step) -> None:
+        """After the optimizer stepped; the one place where parameters may change shape."""
+
+    def finish(self, model: nn.Module) -> None:
+        """End of the fit, before the optional merge."""
+
+    def adapters(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
+        """(module name, host, adapter) of every adapter of this method."""
+        return adapters(model, self.name)

@@ -1,0 +1,148 @@
+"""Methods by entry point, listed without importing them (and without importing torch)."""
+
+import ast
+import difflib
+import functools
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GROUP = "lightning_peft.methods"
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a plugin from its metadata and source text alone.
+
+    Args:
+        name: entry-point name.
+        package: distribution that brings it, with its version.
+        target: "module:Class".
+        summary: first sentence of the module's docstring.
+        doc: docstring of the class.
+        traits: the literals of its ``Traits(...)``.
+        fields: hyper-parameter -> (type, default) as source text.
+        problem: why it cannot be read, "" if it can.
+    """
+
+    name: str
+    package: str
+    target: str
+    summary: str = ""
+    doc: str = ""
+    traits: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, tuple[str, str]] = field(default_factory=dict)
+    problem: str = ""
+
+
+@functools.cache
+def entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    """Entry points of the group by name; two packages with one name are an error when the name is asked for."""
+    return {ep.name: ep for ep in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: (e.name, e.value))}
+
+
+def _package(ep: importlib.metadata.EntryPoint) -> str:
+    return f"{ep.dist.name} {ep.dist.version}" if ep.dist else "an unknown package"
+
+
+def names() -> list[str]:
+    return sorted(entry_points())
+
+
+def _entry_point(name: str) -> importlib.metadata.EntryPoint:
+    found = [ep for ep in importlib.metadata.entry_points(group=GROUP) if ep.name == name]
+    if len({ep.value for ep in found}) > 1:
+        who = " and ".join(sorted(f"{_package(ep)} ({ep.value})" for ep in found))
+        raise ValueError(f"the method name {name!r} is claimed by {who}: uninstall one, or rename its entry point")
+    if not found:
+        near = difflib.get_close_matches(name, names(), 3, cutoff=0.4)
+        hint = ", ".join(map(repr, near)) if near else "see `lightning-peft methods`"
+        raise ValueError(f"no method {name!r} is installed; nearest: {hint}")
+    return found[0]
+
+
+def load(name: str) -> type[Any]:
+    """The Method class behind an entry-point name.
+
+    Raises:
+        ValueError: unknown name (nearest named), two packages claim it, it does not import, or it is no Method.
+    """
+    ep = _entry_point(name)
+    where = f"plugin {name!r} of {_package(ep)} ({ep.value})"
+    try:
+        cls = ep.load()
+    except Exception as cause:  # whatever a third party's import raises must not hide which plugin it was
+        raise ValueError(f"{where} cannot be imported: {type(cause).__name__}: {cause}") from cause
+    if not (inspect.isclass(cls) and any(c.__module__ == "lightning_peft.method" for c in cls.__mro__)):
+        raise ValueError(f"{where} is {cls!r}, but a plugin must be a subclass of lightning_peft.Method")
+    return cls
+
+
+def name_of(cls: type) -> str | None:
+    """The entry-point name of a Method class, None for one that is not registered."""
+    value = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, ep in entry_points().items() if ep.value == value), None)
+
+
+def describe(name: str) -> Info:
+    """Read a plugin's source for its summary, traits and options. A plugin that cannot be read says why."""
+    try:
+        ep = _entry_point(name)
+    except ValueError as clash:
+        if name not in entry_points():
+            raise
+        return Info(name, "", entry_points()[name].value, problem=str(clash))
+    info = {"name": name, "package": _package(ep), "target": ep.value}
+    try:
+        module = ast.parse(_source(ep.module))
+        cls = next(n for n in module.body if isinstance(n, ast.ClassDef) and n.name == ep.attr)
+    except (OSError, SyntaxError, ImportError) as cause:
+        return Info(**info, problem=f"{type(cause).__name__}: {cause}")
+    except StopIteration:
+        return Info(**info, problem=f"{ep.module} defines no class {ep.attr!r} at its top level")
+    summary = (ast.get_docstring(module) or ast.get_docstring(cls) or "").strip().split("\n")[0]
+    traits, fields = _read(cls)
+    return Info(**info, summary=summary, doc=ast.get_docstring(cls) or "", traits=traits, fields=fields)
+
+
+def _source(module: str) -> str:
+    """Source text of a module, found without running the packages above it."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    path = top
+    for part in rest:
+        path += f".{part}"
+        if spec is None or spec.submodule_search_locations is None:
+            break
+        spec = importlib.machinery.PathFinder.find_spec(path, list(spec.submodule_search_locations))
+    if spec is None or spec.origin is None:
+        raise ImportError(f"no module named {module!r}")
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _read(cls: ast.ClassDef) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+    traits: dict[str, Any] = {}
+    fields: dict[str, tuple[str, str]] = {}
+    for node in cls.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name, value = node.target.id, node.value
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, value = node.targets[0].id, node.value
+        else:
+            continue
+        if name == "traits" and isinstance(value, ast.Call):
+            traits = {k.arg: _literal(k.value) for k in value.keywords if k.arg}
+        elif isinstance(node, ast.AnnAssign):
+            fields[name] = (ast.unparse(node.annotation), ast.unparse(value) if value else "required")
+    return traits, fields
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)

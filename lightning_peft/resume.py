@@ -1,0 +1,143 @@
+"""Resume bit for bit: random states, the place in the data, and gradients of an open accumulation window.
+
+Lightning restores weights, optimizers and loop counters, but neither random generators nor the position of a plain
+DataLoader in a half-read epoch. Both are kept in the checkpoint here, and the loader is replayed to where it was.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.data import DataLoader
+
+State = dict[str, Any]
+
+
+def rng_state() -> State:
+    """States of Python's, NumPy's and torch's generators as plain data and tensors, loadable without pickle."""
+    kind, keys, pos, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), pos, has_gauss, cached),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: State) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Tape:
+    """Records where each training loader started and how far it was read; replays that after a resume.
+
+    Loaders start when their first batch is asked for, not when ``iter`` is called on them: Lightning calls it at
+    different moments in a fresh and in a resumed fit, and each start draws from the random generators.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.starts: dict[int, State] = {}
+        self.pending: State | None = None
+
+    def wrap(self, loader: Any) -> Any:
+        """Make a DataLoader replayable in place; one that keeps its own state is left to Lightning."""
+        if isinstance(loader, DataLoader) and (hasattr(loader, "tape") or not hasattr(loader, "load_state_dict")):
+            if not hasattr(loader, "tape"):
+                loader.__class__ = _replayable(type(loader))
+            loader.tape = self  # type: ignore[attr-defined]
+        return loader
+
+    def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        index = self._index(loader)
+        if index is None:
+            with isolate_rng():  # validation must not shift training's random numbers: it may be skipped on a resume
+                batches = start()
+            yield from batches
+            return
+        replay, now = self._replay(index, loader)
+        here = self.starts[index] = {"rng": rng_state(), "generator": _generator_state(loader), "read": 0}
+        for batch in start():
+            here["read"] += 1
+            if now and here["read"] == replay[1]:
+                _set(loader, now)
+            if here["read"] > replay[0]:
+                yield batch
+
+    def _index(self, loader: Any) -> int | None:
+        """Position among the training loaders, None for a loader of another stage."""
+        training = CombinedLoader(self.trainer.train_dataloader).flattened if self.trainer.train_dataloader else []
+        return next((i for i, dl in enumerate(training) if dl is loader), None)
+
+    def _replay(self, index: int, loader: Any) -> tuple[tuple[int, int], State | None]:
+        """((batches to skip, batches to replay), state to have afterwards); sets the state to start from."""
+        saved = self.pending and self.pending["loaders"].get(index)
+        if not saved:
+            return (0, 0), None
+        assert self.pending is not None
+        del self.pending["loaders"][index]
+        now = {"rng": self.pending["now"], "generator": saved["generator_now"]}
+        if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:  # saved at an epoch's end
+            _set(loader, now)
+            return (0, 0), None
+        _set(loader, saved)
+        fetched_ahead = (
+            0 if hasattr(loader.dataset, "__len__") else 1
+        )  # Lightning looks one batch ahead without a length
+        return (saved["read"] - fetched_ahead, saved["read"]), now
+
+    def state(self) -> State:
+        """What to put in the checkpoint, of this process."""
+        training = CombinedLoader(self.trainer.train_dataloader).flattened if self.trainer.train_dataloader else []
+        loaders = {i: start | {"generator_now": _generator_state(training[i])} for i, start in self.starts.items()}
+        return {"now": rng_state(), "loaders": loaders}
+
+
+def _generator_state(loader: Any) -> torch.Tensor | None:
+    return loader.generator.get_state() if loader.generator is not None else None
+
+
+def _set(loader: Any, state: State) -> None:
+    set_rng_state(state["rng"])
+    if state["generator"] is not None and loader.generator is not None:
+        loader.generator.set_state(state["generator"])
+
+
+@functools.cache
+def _replayable(cls: type[DataLoader]) -> type[DataLoader]:
+    class Replayable(cls):
+        def __iter__(self) -> Any:
+            return self.tape.iterate(self, super().__iter__)
+
+        # Lightning asks for these two to believe that a loader can resume; the tape does the work, at a safer moment
+        def state_dict(self) -> State:
+            return {}
+
+        def load_state_dict(self, state: State) -> None: ...
+
+    Replayable.__name__ = cls.__name__
+    Replayable.__qualname__ = cls.__qualname__
+    return Replayable
+
+
+def open_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients summed so far in an accumulation window that has not stepped yet, by parameter name."""
+    return {n: p.grad.detach().clone() for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def set_gradients(module: nn.Module, grads: dict[str, torch.Tensor]) -> None:
+    for name, p in module.named_parameters():
+        if name in grads:
+            p.grad = grads[name].to(p.device, p.dtype)

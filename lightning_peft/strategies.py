@@ -1,0 +1,66 @@
+"""What differs between Lightning's strategies: re-wrapping after a shape change, adapter-only state, atomic files."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a file under its own name is always whole.
+
+    Lightning's default goes through the system's temporary folder, which on another disk ends in a plain copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        with part.open("wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        where: Callable[..., Any] = map_location or (lambda storage, loc: storage)
+        try:
+            return super().load_checkpoint(path, where, weights_only)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as cause:
+            if isinstance(cause, pickle.UnpicklingError) and "weights_only" in str(cause).lower():
+                raise
+            first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+            raise ValueError(f"{path} is not a complete checkpoint: {first}") from cause
+
+
+def use_atomic_files(trainer: Trainer) -> None:
+    """Replace Lightning's own default checkpoint writer; a writer that the user chose stays."""
+    strategy = trainer.strategy
+    if hasattr(strategy, "checkpoint_io") and type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def can_change_shapes(trainer: Trainer) -> bool:
+    """True for strategies that ``rewrap`` serves."""
+    return isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy)
+
+
+def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Wrap the module anew after parameters changed shape: DDP's buckets were laid out for the old ones."""
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = pl_module
+        strategy.configure_ddp()
+
+
+def shards(trainer: Trainer) -> bool:
+    """True where a process does not hold whole parameters, so that merging and saving must gather them first."""
+    return not can_change_shapes(trainer)
