@@ -16,7 +16,7 @@ class Base:
     adapters below), ``base.host`` is the module itself.
     """
 
-    def __init__(self, host: nn.Module, below: "Base | None" = None, adapter: "Adapter | None" = None) -> None:
+    def __init__(self, host: Any, below: "Base | None" = None, adapter: "Adapter | None" = None) -> None:
         self.host, self._below, self._adapter = host, below, adapter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

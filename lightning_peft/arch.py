@@ -161,24 +161,25 @@ def _is_stack(named: dict[str, nn.Module], name: str, holders: set[str]) -> bool
     module, children = named[name], _children(named, name)
     if not isinstance(module, nn.ModuleList | nn.Sequential) or not children or not holders.issuperset(children):
         return False
-    if _HEAD.fullmatch(name.rpartition(".")[2]):
-        return False  # a list of task heads
+    if any(_HEAD.fullmatch(part) for part in name.split(".")):  # of a task head, or of a whole model named like one
+        return all(_is_full(named, c) for c in children)
     # A Sequential may also be a pipeline of unlike parts (encoder, pooling, head).
     return isinstance(module, nn.ModuleList) or len({_own_type(named[c]) for c in children}) == 1
 
 
 def _is_full(named: dict[str, nn.Module], block: str) -> bool:
-    """Holds attention (or a mixer) and an MLP: a whole block, neither a sub-layer of one nor an expert."""
+    """Holds a mixer, or attention and an MLP: a whole block, neither a sub-layer of one nor an expert."""
     kinds = {_kind(named, block, n) for n in _linear(named) if _below(n, block)}
-    return "mlp" in kinds and len(kinds) > 1
+    return "mixer" in kinds or kinds == {"attention", "mlp"}
 
 
 def _kind(named: dict[str, nn.Module], block: str, layer: str) -> str:
-    """ "attention", "mlp" or "mixer" for a linear layer of a block."""
-    around = [p for p in parents(layer) if _below(p, block)]
-    if any(_is_mixer(named[p]) for p in around or [block]):
+    """The role of a linear layer in its block: "attention", "mlp" or "mixer"."""
+    inside = [p for p in parents(layer) if _below(p, block)]
+    around = inside or [block]  # a block that holds the layer itself, as where attention and MLP have separate lists
+    if any(_is_mixer(named[p]) for p in around):
         return "mixer"
-    if any(_ATTENTION.search(p.rpartition(".")[2]) for p in (layer, *around)):
+    if any(_ATTENTION.search(p.rpartition(".")[2]) for p in (layer, *inside)):
         return "attention"
     return "attention" if any(_is_attention(named[p]) for p in around) else "mlp"
 

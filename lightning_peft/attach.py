@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_peft import hosts
-from lightning_peft.adapter import Adapter, Base
+from lightning_peft.adapter import Adapter, Base, WeightAdapter
 
 
 def _no_effect(module: nn.Module, args: Any) -> None:
@@ -42,7 +42,7 @@ def _adapted(cls: type[nn.Module]) -> type[nn.Module]:
     class Adapted(cls):
         unadapted = cls.forward
 
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.adapters.active:
                 return self.unadapted(*args, **kwargs)
             base = Base(self)
@@ -63,7 +63,12 @@ def is_adapted(module: nn.Module) -> bool:
     return isinstance(getattr(module, "adapters", None), Adapters)
 
 
-def attach(host: nn.Module, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
+def attached(host: Any) -> dict[str, Adapter]:
+    """The adapters on one host by name, in the order of attachment; empty where there is none."""
+    return dict(host.adapters.items()) if is_adapted(host) else {}
+
+
+def attach(host: Any, name: str, adapter: Adapter, dtype: torch.dtype = torch.float32) -> None:
     """Put ``adapter`` on ``host`` under ``host.adapters[name]``, on the host's device.
 
     The host keeps its state-dict keys and its type (the class becomes a subclass of it), several adapters stack in
@@ -78,8 +83,11 @@ def attach(host: nn.Module, name: str, adapter: Adapter, dtype: torch.dtype = to
     Raises:
         ValueError: the name is taken, or the host cannot carry adapters.
     """
-    if isinstance(host, nn.MultiheadAttention) and hosts.kind(host) is None and hasattr(adapter, "weight"):
-        raise ValueError("nn.MultiheadAttention has no weight to adapt: it bypasses its projections' forward")
+    if isinstance(adapter, WeightAdapter) and hosts.kind(host) is None:
+        raise ValueError(
+            f"a {type(adapter).__name__} changes a weight matrix, which {type(host).__name__} has none of; "
+            "it fits linear layers, embeddings and convolutions"
+        )
     if not is_adapted(host):
         if hasattr(host, "adapters"):
             raise ValueError(f"{type(host).__name__} already has an attribute 'adapters', so none can be attached")
@@ -93,7 +101,7 @@ def attach(host: nn.Module, name: str, adapter: Adapter, dtype: torch.dtype = to
     host.adapters[name] = adapter
 
 
-def detach(host: nn.Module, name: str) -> Adapter:
+def detach(host: Any, name: str) -> Adapter:
     """Take an adapter off; with the last one the host is what it was before, class included."""
     if not is_adapted(host) or name not in host.adapters:
         raise ValueError(f"no adapter {name!r} is attached to this {type(host).__name__}")
@@ -102,23 +110,21 @@ def detach(host: nn.Module, name: str) -> Adapter:
     if not host.adapters:
         del host.adapters
         host.__class__ = type(host).__mro__[1]
-    assert isinstance(adapter, Adapter)
     return adapter
 
 
-def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The model's own modules with their names: adapters and what they hold are left out."""
-    inside = {id(m) for _, host in model.named_modules() if is_adapted(host) for m in host.adapters.modules()}
+    inside = {id(m) for container in model.modules() if isinstance(container, Adapters) for m in container.modules()}
     return ((name, m) for name, m in model.named_modules() if id(m) not in inside)
 
 
-def adapters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module, Adapter]]:
+def adapters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Any, Adapter]]:
     """(module name, host, adapter) of every adapter, or of those attached under ``name``, in the model's order."""
     for fqn, host in list(model.named_modules()):
-        if is_adapted(host):
-            for tag, adapter in host.adapters.items():
-                if name is None or tag == name:
-                    yield fqn, host, adapter
+        for tag, adapter in attached(host).items():
+            if name is None or tag == name:
+                yield fqn, host, adapter
 
 
 @contextlib.contextmanager

@@ -38,8 +38,10 @@ def run(
         for method in chosen:
             with isolate_rng(), torch.enable_grad():
                 trainer.fit_loop.setup_data()
-                loader = itertools.islice(trainer.train_dataloader, batches)
-                shown = track(loader, f"calibrating {method.name}", total=batches, transient=True)
+                loader: Any = trainer.train_dataloader
+                shown = track(
+                    itertools.islice(loader, batches), f"calibrating {method.name}", total=batches, transient=True
+                )
                 on_device = (trainer.strategy.batch_to_device(b) for b in shown)
                 stats[method.name] = method.calibrate(model, on_device, lambda batch: _loss(pl_module, batch))
             pl_module.zero_grad()
@@ -49,5 +51,5 @@ def run(
 
 
 def _loss(pl_module: LightningModule, batch: Any) -> Tensor:
-    output = pl_module.training_step(batch, 0)
+    output: Any = pl_module.training_step(batch, 0)
     return output["loss"] if isinstance(output, dict) else output

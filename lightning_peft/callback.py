@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft import calibration, ckpt, io, optim, report, resume, strategies
@@ -110,7 +110,8 @@ class PEFT(Callback):
         except AttributeError:
             if final:
                 names = [n for n, _ in pl_module.named_modules() if n]
-                raise ValueError(f"PEFT(model={self.scope!r}): no such module; nearest: {nearest(self.scope, names)}")
+                near = nearest(self.scope, names)
+                raise ValueError(f"PEFT(model={self.scope!r}): no such module; nearest: {near}") from None
             return  # made in setup() or configure_model()
         now = {id(m) for _, m in modules(target) if any(True for _ in m.parameters(recurse=False))}
         held = find_record(target)
@@ -201,6 +202,12 @@ class PEFT(Callback):
         self._capture = ExitStack()
         if self.merge_at_end and not self._calls:
             self._calls = self._capture.enter_context(captured(self.target(pl_module)))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rng = resume.rng_state()  # a resumed fit may skip a validation, so it must not shift random numbers
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resume.set_rng_state(self._rng)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.global_step == self._before:
@@ -295,7 +302,8 @@ class PEFT(Callback):
 
     def _output_folder(self, trainer: Trainer) -> Path | None:
         root = trainer.log_dir or trainer.default_root_dir  # asked on every rank: it is broadcast
-        return None if self.folder is None or trainer.fast_dev_run else Path(root) / self.folder
+        trial = trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
+        return None if self.folder is None or trial else Path(root) / self.folder
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._patches.undo()

@@ -1,4 +1,4 @@
-"""The Lightning checkpoint: what goes into it beside what Lightning puts there, and what must hold before it is used."""
+"""The Lightning checkpoint: what goes in beside what Lightning puts there, and what must hold before it is used."""
 
 from typing import Any
 

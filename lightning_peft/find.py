@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,11 @@ Types = type | tuple[type, ...] | tuple[str, ...]
 def matches(name: str, pattern: str) -> bool:
     """A glob on the whole dotted name; without a wildcard also a suffix of it: "q_proj", "self_attn.q_proj"."""
     return fnmatch.fnmatchcase(name, pattern) or ("*" not in pattern and name.endswith("." + pattern))
+
+
+def exact(name: str) -> str:
+    """The pattern for this dotted name alone: as a plain pattern, "fc" also means "block.fc"."""
+    return f"[{name[0]}]{name[1:]}"
 
 
 def nearest(word: str, known: Collection[str], n: int = 3) -> str:
@@ -31,7 +37,7 @@ def find(
     *,
     exclude: Sequence[str] = (),
     layers: str = "",
-) -> list[tuple[str, nn.Module]]:
+) -> list[tuple[str, Any]]:
     """Modules (or, with ``types=nn.Parameter``, parameters) that any target names, in the model's order.
 
     Args:
@@ -47,7 +53,7 @@ def find(
         ValueError: a target or an exclusion that names nothing, an unknown block, or a match that cannot be adapted.
     """
     named = _named(model, types)
-    hits: dict[str, object] = {}
+    hits: dict[str, Any] = {}
     for target in targets:
         found = _match(model, target, named, types)
         hits |= {name: named[name] for name in found}
@@ -61,10 +67,10 @@ def find(
             + (f", the rest outside layers {layers!r}" if layers else "")
         )
     _refuse_bypassed(model, kept)
-    return [(n, x) for n, x in named.items() if n in kept]  # type: ignore[misc]
+    return [(n, x) for n, x in named.items() if n in kept]
 
 
-def _named(model: nn.Module, types: Types) -> dict[str, object]:
+def _named(model: nn.Module, types: Types) -> dict[str, Any]:
     if types is nn.Parameter:
         return {(f"{n}.{p}" if n else p): x for n, m in modules(model) for p, x in m.named_parameters(recurse=False)}
     return {name: m for name, m in modules(model) if name and _is(m, types)}
@@ -75,7 +81,7 @@ def _is(module: nn.Module, types: Types) -> bool:
     return any(isinstance(module, t) if isinstance(t, type) else hosts.kind(module) == t for t in several)
 
 
-def _match(model: nn.Module, target: str, named: dict[str, object], types: Types) -> list[str]:
+def _match(model: nn.Module, target: str, named: dict[str, Any], types: Types) -> list[str]:
     if target in arch.ROLES and types is not nn.Parameter:
         in_role = [n for n in arch.role(model, target) if n in named]
         found = [n for n in in_role if not _trained_in_full(named[n])]

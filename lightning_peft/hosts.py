@@ -2,10 +2,11 @@
 
 Linear stores (out, in); transformers' Conv1D and Embedding store (in, out); a convolution stores
 (out, in / groups, *kernel) and is seen as (out, in / groups * prod(kernel)). A method that is written for the matrix
-therefore works on every host.
+therefore works on every host. Hosts are typed Any: torch types a module's attributes as Tensor or Module.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,12 @@ from lightning_peft import quant
 Conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def is_conv1d(host: nn.Module) -> bool:
+def is_conv1d(host: Any) -> bool:
     """True for transformers' Conv1D (GPT-2), a linear layer with its weight stored (in, out)."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(host).__mro__)
 
 
-def kind(host: nn.Module) -> str | None:
+def kind(host: Any) -> str | None:
     """One of "linear", "conv1d" (transformers'), "embedding", "conv"; None where there is no weight we can adapt."""
     if isinstance(host, nn.Linear):
         return "linear"
@@ -32,11 +33,11 @@ def kind(host: nn.Module) -> str | None:
     return "conv" if isinstance(host, Conv) else None
 
 
-def _transposed(host: nn.Module) -> bool:
+def _transposed(host: Any) -> bool:
     return kind(host) in ("conv1d", "embedding")
 
 
-def shape(host: nn.Module) -> tuple[int, int]:
+def shape(host: Any) -> tuple[int, int]:
     """(out, in) of the weight as a matrix, right for quantised layers too, whose stored shape says nothing."""
     if isinstance(host, nn.Linear):
         return host.out_features, host.in_features
@@ -44,20 +45,20 @@ def shape(host: nn.Module) -> tuple[int, int]:
     return out, fan_in
 
 
-def _matrix(host: nn.Module, weight: Tensor) -> Tensor:
+def _matrix(host: Any, weight: Tensor) -> Tensor:
     return weight.T if _transposed(host) else weight.flatten(1) if isinstance(host, Conv) else weight
 
 
-def _stored(host: nn.Module, matrix: Tensor) -> Tensor:
+def _stored(host: Any, matrix: Tensor) -> Tensor:
     return matrix.T if _transposed(host) else matrix.view_as(host.weight) if isinstance(host, Conv) else matrix
 
 
-def read(host: nn.Module) -> Tensor:
+def read(host: Any) -> Tensor:
     """The weight as an (out, in) matrix, dequantised; a view of the stored one where that is possible."""
     return _matrix(host, quant.dequantize(host) if quant.kind(host) else host.weight)
 
 
-def write(host: nn.Module, matrix: Tensor) -> None:
+def write(host: Any, matrix: Tensor) -> None:
     """Write an (out, in) matrix into the host's stored weight, cast once. Only merge and its undoing call this."""
     with torch.no_grad():
         if quant.kind(host):
@@ -66,12 +67,12 @@ def write(host: nn.Module, matrix: Tensor) -> None:
             host.weight.copy_(_stored(host, matrix))
 
 
-def output_scale(host: nn.Module) -> float | Tensor:
+def output_scale(host: Any) -> float | Tensor:
     """Factor the host multiplies its look-up with (scaled word embeddings of Gemma 3, BART): 1 where there is none."""
     return getattr(host, "embed_scale", 1.0) if isinstance(host, nn.Embedding) else 1.0
 
 
-def run(host: nn.Module, matrix: Tensor, x: Tensor) -> Tensor:
+def run(host: Any, matrix: Tensor, x: Tensor) -> Tensor:
     """The host's own map with another (out, in) weight matrix; bias, stride, padding and the like stay the host's."""
     if isinstance(host, nn.Embedding):
         rows = F.embedding(
@@ -89,12 +90,12 @@ def run(host: nn.Module, matrix: Tensor, x: Tensor) -> Tensor:
     return F.linear(x, matrix, bias)
 
 
-def fan_in(host: nn.Module) -> int:
+def fan_in(host: Any) -> int:
     """Inputs that reach one output, the bound of Kaiming's initialisation."""
     return shape(host)[1]
 
 
-def logical_numel(parameter: nn.Parameter, host: nn.Module | None = None) -> int:
+def logical_numel(parameter: nn.Parameter, host: Any = None) -> int:
     """Number of weights a parameter stands for: two per stored byte for a 4-bit weight."""
     if host is not None and quant.kind(host) and parameter is host.weight:
         return math.prod(shape(host))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import quant
-from lightning_peft.attach import adapters, detach, modules
+from lightning_peft.attach import adapters, attached, detach, modules
 from lightning_peft.find import matches, nearest
 from lightning_peft.method import Method
 
@@ -112,9 +112,7 @@ def _train(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
         trained |= dict.fromkeys(hits)
     for name in trained:
         if not names[name].is_floating_point():
-            raise ValueError(
-                f"train matches {name!r}, which is stored quantised ({names[name].dtype}), so cannot train"
-            )
+            raise ValueError(f"train matches {name!r}, which is stored quantised ({names[name].dtype})")
         names[name].requires_grad_(True)
     return tuple(trained)
 
@@ -141,7 +139,7 @@ def remove(model: nn.Module) -> None:
 
 def _undo(model: nn.Module, trainable: Sequence[str]) -> None:
     for _, host, adapter in list(adapters(model)):
-        detach(host, next(tag for tag, a in host.adapters.items() if a is adapter))
+        detach(host, next(tag for tag, a in attached(host).items() if a is adapter))
     for name, p in model.named_parameters():
         if p.is_floating_point():
             p.requires_grad_(name in trainable)

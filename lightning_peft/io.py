@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_peft import __version__, hosts, registry, surgery
-from lightning_peft.attach import adapters, detach, is_adapted
+from lightning_peft.attach import Adapters, adapters, attached, detach
 from lightning_peft.find import nearest
 from lightning_peft.inject import Record, find_record, inject, remove
 from lightning_peft.method import Method
@@ -34,8 +34,8 @@ def trained_names(model: nn.Module) -> set[str]:
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         own = dict(module.named_parameters(recurse=False))
-        if is_adapted(module):
-            names |= {f"{prefix}adapters.{k}" for k in module.adapters.state_dict(keep_vars=True)}
+        if isinstance(module, Adapters):
+            names |= {prefix + k for k in module.state_dict(keep_vars=True)}
         if any(p.requires_grad for p in own.values()):
             persistent = module.state_dict(keep_vars=True)
             buffers = [b for b, _ in module.named_buffers(recurse=False) if b in persistent]
@@ -136,7 +136,7 @@ def save_merged(model: nn.Module, folder: Path, proof: dict[str, Any]) -> dict[s
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    inner = next((m for m in model.modules() if hasattr(m, "save_pretrained")), None)
+    inner: Any = next((m for m in model.modules() if hasattr(m, "save_pretrained")), None)
     if inner is not None:
         inner.save_pretrained(part)
     else:
@@ -345,8 +345,8 @@ def check_shapes(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     for fqn, host, adapter in adapters(model):
         if hosts.kind(host) is None:
             continue
-        sides = dict(zip(("out", "in"), hosts.shape(host), strict=True))
-        tag = next(t for t, a in host.adapters.items() if a is adapter)
+        sides: dict[str, int] = dict(zip(("out", "in"), hosts.shape(host), strict=True))
+        tag = next(t for t, a in attached(host).items() if a is adapter)
         for name, axes in adapter.axes.items():
             key = f"{fqn}.adapters.{tag}.{name}" if fqn else f"adapters.{tag}.{name}"
             for axis, size in zip(axes, tensors[key].shape if key in tensors else (), strict=False):

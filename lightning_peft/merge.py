@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import (
-    tree_leaves,
-    tree_map,
-)  # private: flattens what models take and return, as torch.export does
+from torch.utils._pytree import tree_leaves, tree_map  # private: flattens what models take and return
 
 from lightning_peft import hosts, quant
 from lightning_peft.adapter import Adapter, WeightAdapter
-from lightning_peft.attach import adapters, attach, detach, is_adapted
+from lightning_peft.attach import adapters, attach, attached, detach, is_adapted
 from lightning_peft.inject import find_record
 
 
@@ -29,7 +26,7 @@ class Merged:
     """
 
     model: nn.Module
-    folded: list[tuple[str, nn.Module, dict[str, Adapter], Tensor | None]] = field(default_factory=list)
+    folded: list[tuple[str, Any, dict[str, Adapter], Tensor | None]] = field(default_factory=list)
 
     def undo(self) -> None:
         """Put the weights and the adapters back as they were before the merge."""
@@ -58,15 +55,16 @@ def merge(model: nn.Module, *, keep: bool = True) -> Merged:
     Raises:
         ValueError: no adapters, a method that cannot merge, or a weight that another module shares.
     """
-    targets = [(n, m) for n, m in model.named_modules() if is_adapted(m)]
+    targets: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if is_adapted(m)]
     if not targets:
         raise ValueError("nothing to merge: no adapter is attached to this model")
     _refuse(model, targets)
     done = Merged(model)
     for name, host in targets:
-        held = dict(host.adapters.items())
+        held = attached(host)
         matrix = hosts.read(host).float()
         for adapter in held.values():
+            assert isinstance(adapter, WeightAdapter)  # _refuse saw to it
             matrix = adapter.weight(matrix)
         for tag in held:
             detach(host, tag)
@@ -81,13 +79,13 @@ def merge(model: nn.Module, *, keep: bool = True) -> Merged:
     return done
 
 
-def _refuse(model: nn.Module, targets: list[tuple[str, nn.Module]]) -> None:
+def _refuse(model: nn.Module, targets: list[tuple[str, Any]]) -> None:
     record = find_record(model)
     if record and (stuck := [m.name for m in record[1].methods if not m.traits.merge and any(m.adapters(model))]):
         raise ValueError(f"{', '.join(stuck)} cannot be merged: what it adds is no change of a weight")
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name, host in targets:
-        for tag, adapter in host.adapters.items():
+        for tag, adapter in attached(host).items():
             if not isinstance(adapter, WeightAdapter):
                 raise ValueError(f"adapter {tag!r} on {name!r} is a {type(adapter).__name__}, which cannot be merged")
         if owners[id(host.weight)] > 1:

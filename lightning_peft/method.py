@@ -79,6 +79,8 @@ class Traits:
         identity_start: the model's output before the first step equals the base's.
         needs_weights: its start depends on the base's values, so it cannot be injected on the meta device.
         encoder_only: cannot serve decoding with a cache.
+        hf: huggingface/peft's type for it, "LORA"; where a field of that type's config makes the difference, with the
+            field: "LORA:use_dora". Empty for a method that peft has not; else ``to_hf`` and ``from_hf`` are given.
     """
 
     family: str
@@ -90,6 +92,7 @@ class Traits:
     identity_start: bool = True
     needs_weights: bool = False
     encoder_only: bool = False
+    hf: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +141,32 @@ class Method(abc.ABC):
     def finish(self, model: nn.Module) -> None:
         """End of the fit, before the optional merge."""
 
-    def adapters(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    def adapters(self, model: nn.Module) -> Iterator[tuple[str, Any, Adapter]]:
         """(module name, host, adapter) of every adapter of this method."""
         return adapters(model, self.name)
+
+    def to_hf(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(fields, tensors) of huggingface/peft's adapter_config.json and adapter_model.safetensors.
+
+        The tensors are views of the adapters' own, under peft's keys and in peft's shapes: ``hf.save`` writes them and
+        ``hf.load`` fills them, so one mapping serves both ways. ``lightning_peft.hf`` helps with the names; it adds
+        the fields that do not depend on the method.
+
+        Raises:
+            ValueError: an adapter that peft cannot express, or for which it computes something else.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no counterpart in huggingface/peft")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], tensors: dict[str, dict[str, Tensor]], model: nn.Module) -> "Method":
+        """The method that a peft folder describes, targets and ranks included; its values are loaded afterwards.
+
+        Args:
+            config: peft's adapter_config.json.
+            tensors: module name -> peft's name of a tensor below it -> tensor; keys outside modules under "".
+            model: the base, without adapters.
+
+        Raises:
+            ValueError: an option that this method does not have (see ``hf.check_fields``).
+        """
+        raise NotImplementedError(f"{cls.__name__} has no counterpart in huggingface/peft")

@@ -27,7 +27,7 @@ def library() -> ModuleType:
     return bitsandbytes
 
 
-def family(host: nn.Module) -> str | None:
+def _family(host: nn.Module) -> str | None:
     for c in type(host).__mro__:
         if c.__name__ in FAMILIES and c.__module__.startswith("bitsandbytes."):
             if not FAMILIES[c.__name__]:
@@ -38,7 +38,7 @@ def family(host: nn.Module) -> str | None:
 
 def kind(host: nn.Module) -> str | None:
     """ "nf4", "fp4" or "int8" for a bitsandbytes linear layer, moved to its device or not yet; else None."""
-    stored_as = family(host)
+    stored_as = _family(host)
     if stored_as != "4-bit":
         return stored_as
     state = _state(host)
@@ -58,7 +58,7 @@ def scales(host: Any) -> Tensor:
 
 def bring_along(host: Any, args: Any = None) -> None:
     """Let an int8 layer's codes and scales follow its weight to the device it was moved to; a forward pre-hook."""
-    if family(host) == "int8":
+    if _family(host) == "int8":
         for holder in (host.weight, host.state):
             if holder.CB is not None and holder.CB.device != host.weight.device:
                 holder.CB, holder.SCB = host.weight.data, holder.SCB.to(host.weight.device)
@@ -70,7 +70,7 @@ def keep_layout(host: Any) -> None:
     A weight that was repacked already gets its codes back exactly, its scales to 0.4 %: the rest was rounded away.
     Layers that ``lightning_peft.quantize`` made never need it again.
     """
-    if family(host) != "4-bit":
+    if _family(host) != "4-bit":
         return
     host.support_avx512bf16_for_cpu = False
     state = _state(host)
@@ -84,7 +84,7 @@ def keep_layout(host: Any) -> None:
 
 def _stored(host: Any) -> bool:
     """True once the weight is held as codes; False where bitsandbytes still waits for a move to a device."""
-    return _state(host) is not None if family(host) == "4-bit" else host.weight.dtype == torch.int8
+    return _state(host) is not None if _family(host) == "4-bit" else host.weight.dtype == torch.int8
 
 
 def dequantize(host: Any) -> Tensor:
@@ -97,7 +97,7 @@ def dequantize(host: Any) -> Tensor:
         return host.weight
     keep_layout(host)
     bring_along(host)
-    return _decode(host.weight.data, _state(host) if family(host) == "4-bit" else scales(host))
+    return _decode(host.weight.data, _state(host) if _family(host) == "4-bit" else scales(host))
 
 
 def _decode(codes: Tensor, state: Any) -> Tensor:
@@ -119,7 +119,7 @@ def encode(matrix: Tensor, kind: str, *, blocksize: int = 64, double_quant: bool
 def _encode_as(host: Any, matrix: Tensor) -> tuple[Tensor, Any]:
     """``matrix`` in the format that ``host`` is in: kind, block size, double quantisation, dtype of the codes."""
     keep_layout(host)
-    state = _state(host) if family(host) == "4-bit" else None
+    state = _state(host) if _family(host) == "4-bit" else None
     if state is None:
         return encode(matrix, "int8")
     storage = {"blocksize": state.blocksize, "double_quant": state.nested, "quant_storage": host.weight.dtype}

@@ -96,7 +96,7 @@ def describe(name: str) -> Info:
         if name not in entry_points():
             raise
         return Info(name, "", entry_points()[name].value, problem=str(clash))
-    info = {"name": name, "package": _package(ep), "target": ep.value}
+    info: dict[str, Any] = {"name": name, "package": _package(ep), "target": ep.value}
     try:
         module = ast.parse(_source(ep.module))
         cls = next(n for n in module.body if isinstance(n, ast.ClassDef) and n.name == ep.attr)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -61,48 +60,64 @@ class Tape:
         return loader
 
     def iterate(self, loader: Any, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """The loader's batches, those of a half-read epoch left out after a resume."""
         index = self._index(loader)
         if index is None:
-            with isolate_rng():  # validation must not shift training's random numbers: it may be skipped on a resume
-                batches = start()
-            yield from batches
+            yield from start()
             return
-        replay, now = self._replay(index, loader)
-        here = self.starts[index] = {"rng": rng_state(), "generator": _generator_state(loader), "read": 0}
-        for batch in start():
+        replay = self._replay(index, loader)
+        here = self.starts[index] = {"at_start": _state(loader), "read": 0, "ahead": _looks_ahead(loader)}
+        batches = start()
+        while True:
+            if replay and here["read"] == replay["read"] - replay["ahead"]:
+                _set(loader, replay["before_last"] if replay["ahead"] else replay["now"])
+            if here["ahead"]:
+                here["before_last"] = _state(loader)
+            batch = next(batches, _END)
+            if batch is _END:
+                return
             here["read"] += 1
-            if now and here["read"] == replay[1]:
-                _set(loader, now)
-            if here["read"] > replay[0]:
+            if replay and replay["ahead"] and here["read"] == replay["read"]:
+                _set(loader, replay["now"])
+            if not replay or here["read"] > replay["read"] - replay["ahead"]:
                 yield batch
 
     def _index(self, loader: Any) -> int | None:
         """Position among the training loaders, None for a loader of another stage."""
-        training = CombinedLoader(self.trainer.train_dataloader).flattened if self.trainer.train_dataloader else []
-        return next((i for i, dl in enumerate(training) if dl is loader), None)
+        return next((i for i, dl in enumerate(self._training()) if dl is loader), None)
 
-    def _replay(self, index: int, loader: Any) -> tuple[tuple[int, int], State | None]:
-        """((batches to skip, batches to replay), state to have afterwards); sets the state to start from."""
-        saved = self.pending and self.pending["loaders"].get(index)
+    def _training(self) -> list[Any]:
+        held = self.trainer.train_dataloader
+        return [] if held is None else CombinedLoader(held).flattened
+
+    def _replay(self, index: int, loader: Any) -> State | None:
+        """What to replay of this loader, None for an epoch from its start; sets the random states to begin with."""
+        saved = self.pending and self.pending["loaders"].pop(index, None)
         if not saved:
-            return (0, 0), None
-        assert self.pending is not None
-        del self.pending["loaders"][index]
-        now = {"rng": self.pending["now"], "generator": saved["generator_now"]}
-        if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0:  # saved at an epoch's end
-            _set(loader, now)
-            return (0, 0), None
-        _set(loader, saved)
-        fetched_ahead = (
-            0 if hasattr(loader.dataset, "__len__") else 1
-        )  # Lightning looks one batch ahead without a length
-        return (saved["read"] - fetched_ahead, saved["read"]), now
+            return None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.ready == 0 or progress.is_last_batch:  # saved at an epoch's end
+            _set(loader, saved["now"])
+            return None
+        _set(loader, saved["at_start"])
+        return saved
 
     def state(self) -> State:
         """What to put in the checkpoint, of this process."""
-        training = CombinedLoader(self.trainer.train_dataloader).flattened if self.trainer.train_dataloader else []
-        loaders = {i: start | {"generator_now": _generator_state(training[i])} for i, start in self.starts.items()}
-        return {"now": rng_state(), "loaders": loaders}
+        training = self._training()
+        return {"loaders": {i: held | {"now": _state(training[i])} for i, held in self.starts.items()}}
+
+
+_END = object()
+
+
+def _looks_ahead(loader: Any) -> int:
+    """Lightning fetches one batch ahead of training where a loader has no length."""
+    return 0 if hasattr(loader.dataset, "__len__") else 1
+
+
+def _state(loader: Any) -> State:
+    return {"rng": rng_state(), "generator": _generator_state(loader)}
 
 
 def _generator_state(loader: Any) -> torch.Tensor | None:
@@ -118,8 +133,8 @@ def _set(loader: Any, state: State) -> None:
 @functools.cache
 def _replayable(cls: type[DataLoader]) -> type[DataLoader]:
     class Replayable(cls):
-        def __iter__(self) -> Any:
-            return self.tape.iterate(self, super().__iter__)
+        def __iter__(self: Any) -> Any:
+            return self.tape.iterate(self, super().__iter__)  # pyright: ignore[reportAttributeAccessIssue]
 
         # Lightning asks for these two to believe that a loader can resume; the tape does the work, at a safer moment
         def state_dict(self) -> State:

@@ -6,9 +6,13 @@
     channels = {m.name: range(0, m.channels, 2) for m in parts.mlps(model)}
     record = surgery.cut(model, heads, channels, optimizers)         # plain data, in positions of the uncut model
     surgery.apply(fresh_model, record)                               # the same cut on an untouched base
+
+A transformers model's ``config`` keeps the sizes of the uncut model: rebuild from it, then apply the record.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -104,20 +108,19 @@ def obstacle(model: nn.Module, part: Attention | MLP) -> str:
     module = model.get_submodule(part.name)
     if hasattr(module, "has_relative_attention_bias"):
         return "all blocks of its stack use the position bias of the first one (T5), so heads cannot go one by one"
-    slices = _slices(part, torch.arange(part.units))
-    layers: dict[str, Any] = {name: model.get_submodule(name) for name in slices}
-    owners = {id(p): 0 for layer in layers.values() for p in layer.parameters(recurse=False)}
-    for m in model.modules():
-        owners |= {id(p): owners[id(p)] + 1 for p in m._parameters.values() if id(p) in owners}
-    for name, layer in layers.items():
+    owner: dict[int, str] = {}  # id of every parameter that would be sliced -> its layer
+    for name, (axis, index) in _slices(part, torch.arange(part.units)).items():
+        layer: Any = model.get_submodule(name)
         if quant.kind(layer):
             return f"{name!r} is quantised by blocks that do not follow channels; cut first, then quantise"
-        if any(owners[id(p)] > 1 for p in layer.parameters(recurse=False)):
-            return f"a weight of {name!r} is shared with another layer, which would be cut as well"
         for tag, adapter in layer.adapters.items() if is_adapted(layer) else ():
-            if reason := _adapter_obstacle(adapter, slices[name][0], len(slices[name][1])):
+            if reason := _adapter_obstacle(adapter, axis, len(index)):
                 return f"adapter {tag!r} on {name!r} {reason}"
-    return _sized_by_units(module, part, set(layers.values()))
+        owner |= {id(p): name for p in _sliced(layer, axis)}
+    held = Counter(id(p) for m in model.modules() for p in m._parameters.values() if id(p) in owner)
+    if shared := [i for i, times in held.items() if times > 1]:
+        return f"a parameter on {owner[shared[0]]!r} is shared with another layer, which would be cut as well"
+    return _sized_by_units(module, part, {model.get_submodule(name) for name in owner.values()})
 
 
 def _named(model: nn.Module, kind: str, wanted: Mapping[str, Any]) -> list[tuple[Attention | MLP, Any]]:
@@ -131,18 +134,16 @@ def _named(model: nn.Module, kind: str, wanted: Mapping[str, Any]) -> list[tuple
 
 
 def _positions(keep: Keep, part: Attention | MLP) -> list[int]:
-    if isinstance(keep, Tensor) and (keep.dim() != 1 or keep.is_floating_point() or keep.dtype == torch.bool):
+    values = keep.tolist() if isinstance(keep, Tensor) else list(keep)
+    positions = range(part.units)
+    whole = isinstance(values, list) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in values)
+    if not whole or not values or values != sorted(set(values)) or not {values[0], values[-1]} <= {*positions}:
+        shown = f"{values[:8]}..." if isinstance(values, list) and len(values) > 8 else values
         raise ValueError(
-            f"keep for {part.name!r} must be a vector of positions, got {keep.dtype} of shape {tuple(keep.shape)}"
+            f"keep for {part.name!r} must be sorted and unique positions in 0..{part.units - 1}, at least one; "
+            f"got {shown}"
         )
-    out = [int(i) for i in keep]
-    if not out or out != sorted(set(out)) or out[0] < 0 or out[-1] >= part.units:
-        shown = f"{out[:8]}..." if len(out) > 8 else out
-        raise ValueError(
-            f"keep for {part.name!r} must be sorted and unique positions in 0..{part.units - 1}, "
-            f"at least one; got {shown}"
-        )
-    return out
+    return [int(i) for i in values]
 
 
 def _present(model: nn.Module, kind: str, part: Attention | MLP, keep: Sequence[int]) -> list[int]:
@@ -179,6 +180,16 @@ def _cut(model: nn.Module, kind: str, part: Attention | MLP, keep: list[int], op
     for layer, (axis, index) in _slices(part, torch.tensor(keep)).items():
         _take(model.get_submodule(layer), axis, index, optimizers)
     _count(module, part, len(keep))
+
+
+def _sliced(layer: Any, axis: str) -> list[nn.Parameter]:
+    """The parameters that a cut of one side of a layer slices, its adapters' included."""
+    own = [layer.weight] if axis == "in" or layer.bias is None else [layer.weight, layer.bias]
+    for adapter in layer.adapters.values() if is_adapted(layer) else ():
+        own += [
+            t for n, axes in adapter.axes.items() if axis in axes and isinstance(t := getattr(adapter, n), nn.Parameter)
+        ]
+    return own
 
 
 def _take(layer: Any, axis: str, index: Tensor, optimizers: list[Optimizer]) -> None:

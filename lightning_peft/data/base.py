@@ -36,6 +36,7 @@ class TokenizedData(LightningDataModule, ABC):
         self.max_length = max_length
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self._rows: dict[str, Dataset | None] = {}
         self._encoded: dict[str, Dataset] = {}
 
     @abstractmethod
@@ -62,13 +63,18 @@ class TokenizedData(LightningDataModule, ABC):
 
     def prepare_data(self) -> None:
         for split in SPLITS:
-            self.rows(split)
+            self._read(split)
 
     def setup(self, stage: str | None = None) -> None:
         for split in _NEEDED[stage]:
-            rows = None if split in self._encoded else self.rows(split)
-            if rows is not None:
+            rows = self._read(split)
+            if rows is not None and split not in self._encoded:
                 self._encoded[split] = self._encode_all(rows, split)
+
+    def _read(self, split: str) -> Dataset | None:
+        if split not in self._rows:
+            self._rows[split] = self.rows(split)
+        return self._rows[split]
 
     def _encode_all(self, rows: Dataset, split: str) -> Dataset:
         return rows.map(
@@ -119,6 +125,10 @@ class LabelledTexts(TokenizedData):
     def label_names(self) -> list[str]:
         """The names of the classes, in the order of their numbers. Known before `setup`, for LightningCLI's links."""
 
+    @abstractmethod
+    def label_numbers(self, labels: list[Any]) -> list[int]:
+        """The place in `label_names` of each value of the label column."""
+
     @property
     def num_labels(self) -> int:
         return len(self.label_names)
@@ -128,8 +138,7 @@ class LabelledTexts(TokenizedData):
         texts = [str(text) for text in rows[self.text_column]]
         encoded = dict(self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length))
         if split != "predict":
-            number = {name: place for place, name in enumerate(self.label_names)}
-            encoded["labels"] = [number[str(label)] for label in rows[self.label_column]]
+            encoded["labels"] = self.label_numbers(rows[self.label_column])
         return encoded
 
     def collator(self, split: str) -> DataCollatorWithPadding:

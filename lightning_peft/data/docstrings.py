@@ -34,7 +34,7 @@ TOPICS = {
     "zipapp zipimport",
 }
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
-PER_MODULE = 100  # no module may be most of its topic
+PER_MODULE = 150  # no module may be most of its topic
 PER_TOPIC = 900  # keeps graphics from being a third of the corpus
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
 
@@ -73,6 +73,9 @@ class DocstringTopics(LabelledTexts):
     def label_names(self) -> list[str]:
         return sorted({sentence.topic for sentence in corpus()["train"]})
 
+    def label_numbers(self, labels: list[str]) -> list[int]:
+        return [self.label_names.index(label) for label in labels]
+
     def rows(self, split: str) -> Dataset:
         sentences = corpus()["test" if split == "predict" else split]
         return Dataset.from_dict({"text": [s.text for s in sentences], "label": [s.topic for s in sentences]})
@@ -91,7 +94,9 @@ def corpus(library: Path | None = None) -> dict[str, list[Sentence]]:
     for topic in TOPICS:
         modules = _by_module([s for s in sentences if s.topic == topic])
         if len(modules) < len(SHARES):
-            rank_zero_warn(f"topic {topic!r} is left out: {library} has {len(modules)} of its modules, three are needed")
+            rank_zero_warn(
+                f"topic {topic!r} is left out: {library} has {len(modules)} of its modules, three are needed"
+            )
             continue
         for name, part in _split(modules).items():
             splits[name] += part
@@ -189,5 +194,6 @@ def _split(modules: dict[str, list[Sentence]]) -> dict[str, list[Sentence]]:
         open_to = empty if len(modules) - place <= len(empty) else SHARES
         splits[max(open_to, key=lambda split: SHARES[split] * total - len(splits[split]))] += modules[name]
     return {
-        name: sorted(part, key=lambda s: _order(s.text))[: round(SHARES[name] * PER_TOPIC)] for name, part in splits.items()
+        name: sorted(part, key=lambda s: _order(s.text))[: round(SHARES[name] * PER_TOPIC)]
+        for name, part in splits.items()
     }

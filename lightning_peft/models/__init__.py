@@ -1,0 +1,6 @@
+"""LightningModules by task, on pretrained transformers."""
+
+from lightning_peft.models.causal_lm import CausalLM
+from lightning_peft.models.text_classification import TextClassifier
+
+__all__ = ["CausalLM", "TextClassifier"]

@@ -44,13 +44,15 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(resolve(source))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of {source!r} has neither a padding nor an end-of-text token: set pad_token")
+            raise ValueError(
+                f"the tokenizer of {source!r} has neither a padding nor an end-of-text token: set pad_token"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """"; nearest: 'x'" for an error message, or nothing if no known name is near."""
+    """ "; nearest: 'x'" for an error message, or nothing if no known name is near."""
     close = get_close_matches(name, known, n=1)
     return f"; nearest: {close[0]!r}" if close else ""
 

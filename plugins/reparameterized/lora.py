@@ -21,7 +21,7 @@ class LoRALinear(WeightAdapter):
 
     axes = {"A": ("rank", "in"), "B": ("out", "rank")}
 
-    def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: str) -> None:
+    def __init__(self, host: Any, r: int, scale: float, dropout: float, init: str) -> None:
         super().__init__()
         out, fan_in = hosts.shape(host)
         self.A = nn.Parameter(torch.empty(r, fan_in))
@@ -76,7 +76,7 @@ class LoRAGroupedConv(LoRAConv):
 
     axes = {"A": ("group_rank", "in"), "B": ("out", "rank_of_group")}
 
-    def __init__(self, host: nn.Module, r: int, scale: float, dropout: float, init: str) -> None:
+    def __init__(self, host: Any, r: int, scale: float, dropout: float, init: str) -> None:
         super().__init__(host, r, scale, dropout, init)
         self.groups = host.groups
         self.B = nn.Parameter(torch.zeros(len(self.B), r // host.groups))
@@ -147,7 +147,7 @@ class LoRA(Method):
         for name, host in targets:
             attach(host, self.name, self._adapter(name, host))
 
-    def _adapter(self, name: str, host: nn.Module) -> LoRALinear:
+    def _adapter(self, name: str, host: Any) -> LoRALinear:
         r = next((v for p, v in self.rank_pattern.items() if matches(name, p)), self.r)
         alpha = next((v for p, v in self.alpha_pattern.items() if matches(name, p)), self.alpha)
         if r > min(hosts.shape(host)) and hosts.kind(host) != "conv":
