@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -69,7 +68,7 @@ class PEFT(Callback):
         self.calibration_batches, self.merge_tolerance = calibration_batches, merge_tolerance
         self.own_penalty = own_penalty
         self.run = uuid.uuid4().hex
-        self.sentinel = Sentinel(self.methods, watch_steps)
+        self.sentinel = Sentinel(self.methods, watch_steps, merge_at_end)
         self.written: dict[str, Path] = {}
         self._merged: Merged | None = None
         self._patches = Patches()
@@ -79,21 +78,22 @@ class PEFT(Callback):
     # ---- injection -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._patches.claim(pl_module)
         self.run = trainer.strategy.broadcast(self.run)
         self.sentinel.check_trainer(trainer, pl_module)
-        self._tape, self._resumed, self._from = resume.Tape(trainer), {}, None
+        self.tape, self._resumed = resume.Tape(trainer), {}
         self._remerge = self._merged is not None and stage != "fit"
         if self._merged is not None:
             self._merged.undo()  # the adapters go on from where they were
             self._merged = None
         strategies.use_atomic_files(trainer)
+        ckpt.hook(pl_module)
         self._inject(pl_module, final=False)
-        self._strict, pl_module.strict_loading = pl_module.strict_loading, False
         put = self._patches.put
+        put(pl_module, "_strict_loading", lambda old: False)  # private: the property behind it cannot be taken back
         put(pl_module, "configure_model", functools.partial(_then, lambda: self._inject(pl_module, final=True)))
-        put(pl_module, "on_save_checkpoint", functools.partial(_then, lambda c: self._save(trainer, pl_module, c)))
         put(pl_module, "on_load_checkpoint", functools.partial(_then, lambda c: self._load(trainer, pl_module, c)))
-        put(trainer.strategy, "process_dataloader", lambda old: lambda loader: self._tape.wrap(old(loader)))
+        put(trainer.strategy, "process_dataloader", lambda old: lambda loader: self.tape.wrap(old(loader)))
         if stage == "fit":
             put(pl_module, "training_step", functools.partial(self._with_penalty, pl_module))
             if self._overriding("calibrate"):
@@ -188,8 +188,7 @@ class PEFT(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed:
             resume.set_gradients(self.target(pl_module), self._resumed["gradients"])
-        steps = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
-        self._planned = None if math.isinf(steps) or steps < 0 else int(steps)
+        self._planned = optim.planned_steps(trainer) if self.total_steps is None else self.total_steps
         self._stepped = self._before = trainer.global_step
         self._before -= 1
 
@@ -234,7 +233,8 @@ class PEFT(Callback):
         for method in changing:
             method.after_step(target, self._step(trainer))
         if (after := _shapes(target)) != before:
-            rank_zero_info(f"step {trainer.global_step}: {sum(before)} -> {sum(after)} trainable parameters")
+            sizes = (sum(n for _, n in shapes) for shapes in (before, after))
+            rank_zero_info("step {}: {} -> {} trainable parameters".format(trainer.global_step, *sizes))
             strategies.rewrap(trainer, pl_module)
 
     def _step(self, trainer: Trainer) -> Step:
@@ -270,9 +270,6 @@ class PEFT(Callback):
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        ckpt.fill(checkpoint, trainer, self.target(pl_module), self.scope, self.run, self._tape)
-
     def _load(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         target = self.target(pl_module)
         held = find_record(target)
@@ -280,11 +277,12 @@ class PEFT(Callback):
         self._resumed = ckpt.check(checkpoint, target, held[1], self.scope)
         self.run = self._resumed["run"]
         if trainer.state.fn == "fit" and "state" in self._resumed:
-            self._tape.pending = self._resumed["state"][trainer.global_rank]
+            self.tape.pending = self._resumed["state"][trainer.global_rank]
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sentinel.at_end(trainer, self.target(pl_module))
         for method in self.methods:
             method.finish(self.target(pl_module))
 
@@ -307,7 +305,6 @@ class PEFT(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._patches.undo()
-        pl_module.strict_loading = self._strict
         if self._remerge:
             self._merged = merge(self.target(pl_module))
 
@@ -333,5 +330,6 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
-def _shapes(model: nn.Module) -> list[int]:
-    return [p.numel() for p in model.parameters() if p.requires_grad]
+def _shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(identity, size) of what trains: DDP must be wrapped anew also where others train, of the same sizes."""
+    return [(id(p), p.numel()) for p in model.parameters() if p.requires_grad]

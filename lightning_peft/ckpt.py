@@ -1,28 +1,44 @@
 """The Lightning checkpoint: what goes in beside what Lightning puts there, and what must hold before it is used."""
 
+import types
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_peft import io, resume
-from lightning_peft.inject import Record
+from lightning_peft.inject import Record, find_record
 from lightning_peft.resume import Tape
 
 
-def fill(checkpoint: dict[str, Any], trainer: Trainer, model: nn.Module, scope: str, run: str, tape: Tape) -> None:
+def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """The LightningModule's hook, for as long as methods are injected: ``trainer.save_checkpoint`` after a fit too."""
+    type(self).on_save_checkpoint(self, checkpoint)
+    if held := find_record(self):
+        fit = next((c for c in self.trainer.callbacks if hasattr(c, "tape")), None)  # type: ignore[attr-defined]
+        fill(checkpoint, self.trainer, self, held[0], getattr(fit, "run", ""), getattr(fit, "tape", None))
+
+
+def hook(pl_module: LightningModule) -> None:
+    """Let every checkpoint of the module pass through ``on_save_checkpoint`` above; as a method, so copies keep it."""
+    pl_module.on_save_checkpoint = types.MethodType(on_save_checkpoint, pl_module)
+
+
+def fill(
+    checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule, scope: str, run: str, tape: Tape | None
+) -> None:
     """Drop the frozen base from the state dict and add config, random states and the place in the data.
 
     Args:
         checkpoint: changed in place; a full one holds optimizer states, a weights-only one does not.
         trainer: whose fit it is.
-        model: where methods were injected.
-        scope: name of ``model`` in the LightningModule, "" for the module itself.
+        pl_module: whose checkpoint it is.
+        scope: name of the submodule where methods were injected, "" for the module itself.
         run: identity of the run.
-        tape: of the training loaders.
+        tape: of the training loaders, None outside a fit.
     """
-    prefix = f"{scope}." if scope else ""
+    model, prefix = pl_module.get_submodule(scope), f"{scope}." if scope else ""
     keep = io.trained_names(model) | {n for n, _ in model.named_buffers()}
     checkpoint["state_dict"] = {
         k: v
@@ -30,7 +46,7 @@ def fill(checkpoint: dict[str, Any], trainer: Trainer, model: nn.Module, scope: 
         if not k.startswith(prefix) or k.removeprefix(prefix) in keep or k.endswith("_extra_state")
     }
     checkpoint[io.KEY] = io.describe(model, run) | {"scope": scope}
-    if "optimizer_states" in checkpoint or trainer.strategy.lightning_restore_optimizer is False:
+    if tape and ("optimizer_states" in checkpoint or not trainer.strategy.lightning_restore_optimizer):
         open_window = trainer.fit_loop.epoch_loop._should_accumulate()  # private: no public way to ask
         grads = resume.open_gradients(model) if open_window else {}
         checkpoint[io.KEY] |= {"state": _of_all_ranks(tape.state()), "gradients": grads}

@@ -217,10 +217,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as cause:
-        raise ValueError(f"{path} is not a complete checkpoint: {str(cause).splitlines()[0]}") from cause
+        raise incomplete(path, cause) from cause
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise ValueError(f"{path} was not written with lightning-peft: it has no {KEY!r} entry")
     return checkpoint
+
+
+def incomplete(path: Any, cause: Exception) -> ValueError:
+    """What to raise for a checkpoint that cannot be read to its end."""
+    said = next(iter(str(cause).splitlines()), type(cause).__name__)
+    return ValueError(f"{path} is not a complete checkpoint: {said}")
 
 
 def load(

@@ -14,18 +14,20 @@ from torch.utils._pytree import tree_leaves, tree_map  # private: flattens what 
 from lightning_peft import hosts, quant
 from lightning_peft.adapter import Adapter, WeightAdapter
 from lightning_peft.attach import adapters, attach, attached, detach, is_adapted
-from lightning_peft.inject import find_record
+from lightning_peft.inject import RECORD, Record, find_record
 
 
 @dataclass
 class Merged:
     """What a merge changed: enough to undo it bit for bit.
 
+    ``record`` is (where, what ``inject`` did);
     ``folded`` lists (host name, host, its adapters by tag, copy of its weight on the CPU; the copy is None for a
     quantised host, which was replaced by a plain layer as a whole).
     """
 
     model: nn.Module
+    record: tuple[str, Record] | None = None
     folded: list[tuple[str, Any, dict[str, Adapter], Tensor | None]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -40,6 +42,8 @@ class Merged:
             for tag, adapter in held.items():
                 attach(host, tag, adapter, next((p.dtype for p in adapter.parameters()), torch.float32))
         self.folded.clear()
+        if self.record is not None:
+            setattr(self.model.get_submodule(self.record[0]), RECORD, self.record[1])
 
 
 @torch.no_grad()
@@ -59,7 +63,9 @@ def merge(model: nn.Module, *, keep: bool = True) -> Merged:
     if not targets:
         raise ValueError("nothing to merge: no adapter is attached to this model")
     _refuse(model, targets)
-    done = Merged(model)
+    done = Merged(model, find_record(model))
+    if done.record is not None:
+        delattr(model.get_submodule(done.record[0]), RECORD)  # what is merged is a plain model again
     for name, host in targets:
         held = attached(host)
         matrix = hosts.read(host).float()

@@ -2,9 +2,12 @@
 
 import copy
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import Optimizer
 
@@ -91,3 +94,16 @@ def _all(schedulers: Iterable[Any]) -> list[Any]:
     for s in schedulers:
         out += [s, *_all(getattr(s, "_schedulers", []))]
     return out
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole fit, also where accumulation changes by epoch; None where nothing bounds them."""
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps) or steps < 0:
+        return None
+    changing = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if not changing or math.isinf(trainer.num_training_batches) or not trainer.max_epochs or trainer.max_epochs < 0:
+        return int(steps)  # Lightning takes the first epoch's accumulation for all of them
+    windows = [changing[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs)]
+    total = sum(math.ceil(trainer.num_training_batches / w) for w in windows)
+    return total if trainer.max_steps < 0 else min(total, trainer.max_steps)

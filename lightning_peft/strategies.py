@@ -11,6 +11,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from lightning_peft import io
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames, so that a file under its own name is always whole.
@@ -37,8 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (RuntimeError, EOFError, pickle.UnpicklingError) as cause:
             if isinstance(cause, pickle.UnpicklingError) and "weights_only" in str(cause).lower():
                 raise
-            first = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
-            raise ValueError(f"{path} is not a complete checkpoint: {first}") from cause
+            raise io.incomplete(path, cause) from cause
 
 
 def use_atomic_files(trainer: Trainer) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft import Method, Step, Traits, WeightAdapter, attach, find, hosts, resize
+from lightning_peft import Adapter, Method, Step, Traits, WeightAdapter, attach, find, hosts, resize
 
 TRAITS = Traits(family="reparameterized", merge=True, identity_start=False)
 EVENTS: list[Any] = []  # what Recorder and the modules of the tests note down, in order
@@ -176,6 +176,7 @@ class Calibrated(Method):
     def inject(self, model: nn.Module, stats: Any = None) -> None:
         products(self, model, 2)
         for name, _, adapter in self.adapters(model):
+            assert isinstance(adapter, Product)
             with torch.no_grad():
                 adapter.A.mul_(stats[name] if stats else 0.0)
 
@@ -230,8 +231,9 @@ class Wrapped(Method):
         return Averaging(optimizer)
 
 
-def move_rank(adapter: Product, index: list[int], optimizers: Iterable[Optimizer]) -> None:
+def move_rank(adapter: Adapter, index: list[int], optimizers: Iterable[Optimizer]) -> None:
     """Keep the slots ``index``; what is -1 there starts from a new draw."""
+    assert isinstance(adapter, Product)
     resize(adapter, "rank", torch.tensor(index, dtype=torch.long), optimizers)
     new = [i for i, old in enumerate(index) if old < 0]
     with torch.no_grad():

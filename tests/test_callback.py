@@ -1,5 +1,6 @@
 """The callback in a Trainer the user already has, with modules that know nothing of us."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
+from lightning_peft_plugins.reparameterized.lora import LoRA
 from torch import nn
 
 import lightning_peft as lp
 from lightning_peft import PEFT
-from lightning_peft_plugins.reparameterized.lora import LoRA
 from tests.nets import HFNet, Net, bert, cnn, llama, mlp, tokens, trainer, vectors
 
 
@@ -74,7 +75,9 @@ def test_trained_batchnorm_updates_its_statistics_and_saves_them(tmp_path: Any) 
 
 
 def several_groups(net: Net) -> Any:
-    return torch.optim.AdamW([{"params": net.net[0].parameters()}, {"params": net.net[3:].parameters(), "lr": 1e-3}], 1e-2)
+    return torch.optim.AdamW(
+        [{"params": net.net[0].parameters()}, {"params": net.net[3:].parameters(), "lr": 1e-3}], 1e-2
+    )
 
 
 def filtered(net: Net) -> Any:
@@ -186,7 +189,9 @@ def test_weights_only_checkpoint_serves_every_stage_but_resume(tmp_path: Any) ->
     fit.fit(net, vectors())
     want = torch.cat(fit.predict(net, vectors(shuffle=False)))
     other = Net()
-    got = torch.cat(trainer(tmp_path / "b", PEFT(lora())).predict(other, vectors(shuffle=False), ckpt_path=tmp_path / "w.ckpt"))
+    got = torch.cat(
+        trainer(tmp_path / "b", PEFT(lora())).predict(other, vectors(shuffle=False), ckpt_path=tmp_path / "w.ckpt")
+    )
     assert torch.equal(got, want)
     assert (tmp_path / "w.ckpt").stat().st_size < 20_000
 
@@ -219,11 +224,33 @@ def test_merge_at_end_is_proven_and_undone_for_what_follows(tmp_path: Any) -> No
     assert all(torch.equal(v, before[k]) for k, v in base_state(net.net).items())
 
 
+def test_checkpoints_saved_by_hand_after_the_fit(tmp_path: Any) -> None:
+    net = Net()
+    fit = trainer(tmp_path, PEFT(lora()))
+    fit.fit(net, vectors())
+    fit.save_checkpoint(tmp_path / "late.ckpt")
+    again = lp.restore(Net(), tmp_path / "late.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    copied = copy.deepcopy(net)
+    copied.net[0].adapters["lora"].B.data.add_(1)
+    assert not torch.equal(copied.net[0].adapters["lora"].B, net.net[0].adapters["lora"].B)
+    merged = Net()
+    fit = trainer(tmp_path / "m", PEFT(lora(), merge_at_end=True))
+    fit.fit(merged, vectors())
+    fit.save_checkpoint(tmp_path / "merged.ckpt")  # a merged model is a plain one, and its checkpoint whole
+    plain = Net.load_from_checkpoint(tmp_path / "merged.ckpt", weights_only=False)
+    assert torch.equal(plain.net[0].weight, merged.net[0].weight)
+
+
 def test_teardown_leaves_no_trace_on_the_module(tmp_path: Any) -> None:
     net = Net()
     attributes = set(vars(net))
     trainer(tmp_path, PEFT(lora())).fit(net, vectors())
-    assert set(vars(net)) - attributes <= {"lightning_peft_record", "_hparams"}  # _hparams is Lightning's own
+    assert set(vars(net)) - attributes <= {
+        "lightning_peft_record",
+        "on_save_checkpoint",
+        "_hparams",
+    }  # the last is Lightning's own
     assert net.strict_loading
 
 

@@ -277,12 +277,24 @@ def test_replace_dequantized_takes_a_merged_matrix_and_a_dtype() -> None:
     merged = quant.dequantize(net.first) + 0.001 * normal(64, 64)
     plain = quant.replace_dequantized(net, "first", merged, torch.float64)
     assert torch.equal(plain.weight, merged.double()) and plain.bias is None
+    net = Net(layer_of(normal(64, 64), "nf4").eval())
+    plain = quant.replace_dequantized(net, "first", merged)
+    assert not plain.training
     merged.zero_()
-    assert plain.weight.abs().sum() > 0
+    assert plain.weight.abs().sum() > 0  # a copy
     with pytest.raises(ValueError, match="'first' is Linear, so there is no quantised layer"):
         quant.replace_dequantized(net, "first")
     with pytest.raises(ValueError, match="the model itself"):
         quant.replace_dequantized(layer_of(normal(), "nf4"), "")
+
+
+def test_replace_dequantized_goes_by_the_base_dtype() -> None:
+    host, other = layer_of(normal(256, 64), "nf4", bias=True), layer_of(normal(256, 64), "nf4")
+    host.bias.data = host.bias.data.half()  # 256 numbers in the layer's own dtype, 256 in the adapter's, 128 in bf16
+    attach(other, "scaled", Scaled(256))
+    model = nn.Sequential(nn.LayerNorm(64, dtype=torch.bfloat16), host, other)
+    plain = quant.replace_dequantized(model, "1")
+    assert plain.weight.dtype == plain.bias.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])

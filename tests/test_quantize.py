@@ -110,6 +110,7 @@ def test_forward_stays_near_the_dense_one(options: dict[str, Any], amp: bool) ->
     with torch.no_grad():
         dense = model(x).logits
         quantize(model, **options)
+        assert not any(m.training for m in model.modules())
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             got = model(x).logits
             again = model.train()(x).logits
@@ -149,6 +150,8 @@ def test_task_heads_stay_and_train() -> None:
     assert type(model.score) is nn.Linear and model.score.weight.requires_grad
     own = nn.ModuleDict({"backbone": llama().model, "classifier": nn.Linear(64, 64)})
     assert "classifier" not in quantize(own)
+    plain = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(64, 64) for _ in range(2)), "head": nn.Linear(64, 3)})
+    assert quantize(plain) == ["layers.0", "layers.1"]
 
 
 def test_layers_kept_in_float32_by_transformers_stay() -> None:
@@ -389,6 +392,12 @@ def test_lightnings_plugin_recognises_the_layers(options: dict[str, Any]) -> Non
     adapt(model, LAYERS)
     known = (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)
     assert sum(isinstance(m, known) for m in model.modules()) == len(LAYERS)
+
+
+def test_int8_does_not_log_its_cast_at_every_call(caplog: pytest.LogCaptureFixture) -> None:
+    quantize(model := nn.Sequential(nn.Linear(64, 64)), "int8")
+    model.eval()(torch.ones(1, 64))
+    assert not caplog.records
 
 
 def test_a_progress_bar_from_50_layers_on(capsys: pytest.CaptureFixture[str]) -> None:

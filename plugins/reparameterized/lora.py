@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft import Base, Method, Traits, WeightAdapter, attach, find, hosts, matches
+from lightning_peft import Base, Method, Traits, WeightAdapter, attach, find, hf, hosts, matches
+
+HF_FIELDS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern", "init_lora_weights",
+             "fan_in_fan_out", "eva_config")  # fmt: skip
+HF_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is and train both factors
 
 
 class LoRALinear(WeightAdapter):
@@ -44,6 +48,10 @@ class LoRALinear(WeightAdapter):
         h = F.linear(F.dropout(x, self.dropout, self.training), A)  # (..., r)
         return base(x) + F.linear(h * self.scale, B)
 
+    def to_hf(self, host: Any) -> dict[str, Tensor]:
+        """The factors under peft's names and in its shapes, as views."""
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+
 
 class LoRAEmbedding(LoRALinear):
     """``y = E[x] + scale * A^T[x] B^T``; here A starts at zero and B is drawn. No dropout on token ids."""
@@ -57,6 +65,9 @@ class LoRAEmbedding(LoRALinear):
         h = F.embedding(x, self.A.T, e.padding_idx, scale_grad_by_freq=e.scale_grad_by_freq, sparse=e.sparse)
         return y + (F.linear(h * self.scale, self.B) * hosts.output_scale(e)).to(y.dtype)
 
+    def to_hf(self, host: Any) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
+
 
 class LoRAConv(LoRALinear):
     """A is a convolution like the host's into r channels, B a 1x1 convolution out of them."""
@@ -69,6 +80,15 @@ class LoRAConv(LoRALinear):
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(host.kernel_size) - 1]
         point = B.view(*B.shape, *[1] * len(host.kernel_size))  # (out, r / groups, 1, ...)
         return base(x) + conv(h * self.scale, point, groups=host.groups)
+
+    def to_hf(self, host: Any) -> dict[str, Tensor]:
+        if host.groups > 1 or host.padding_mode != "zeros" or set(host.dilation) != {1}:
+            raise ValueError(
+                "huggingface/peft computes something else for a convolution with groups, dilation or a padding mode: "
+                f"its A is dense, undilated and padded with zeros (its issue 3697); here: {host}"
+            )
+        kernel = self.A.view(-1, *host.weight.shape[1:])
+        return {"lora_A.weight": kernel, "lora_B.weight": self.B.view(*self.B.shape, *[1] * len(host.kernel_size))}
 
 
 class LoRAGroupedConv(LoRAConv):
@@ -100,7 +120,7 @@ class LoRA(Method):
         targets: names, patterns or roles of the layers to adapt; embeddings and convolutions by name.
         exclude: patterns of layers to leave out.
         layers: blocks to adapt, as slices and numbers: "0:6", "-4:", "0,2,11"; all when empty.
-        rank_pattern: pattern -> r for the layers it names.
+        rank_pattern: pattern -> r for the layers it names, taken as it is; elsewhere r is clamped to the smaller side.
         alpha_pattern: pattern -> alpha for the layers it names.
         lora_plus_ratio: learning rate of B over that of A (LoRA+; its paper advises 16); 1 leaves the optimizer alone.
         lora_plus_embedding_lr: learning rate of both factors on embeddings under LoRA+.
@@ -113,6 +133,7 @@ class LoRA(Method):
         hosts=("linear", "conv1d", "embedding", "conv"),
         merge=True,
         quantized=True,
+        hf="LORA",
     )
     name: str = "lora"
     r: int = 8
@@ -148,19 +169,22 @@ class LoRA(Method):
             attach(host, self.name, self._adapter(name, host))
 
     def _adapter(self, name: str, host: Any) -> LoRALinear:
-        r = next((v for p, v in self.rank_pattern.items() if matches(name, p)), self.r)
+        given = next((v for p, v in self.rank_pattern.items() if matches(name, p)), None)
+        r = given or self.r
         alpha = next((v for p, v in self.alpha_pattern.items() if matches(name, p)), self.alpha)
-        if r > min(hosts.shape(host)) and hosts.kind(host) != "conv":
+        if not given and r > min(hosts.shape(host)) and hosts.kind(host) != "conv":
             warnings.warn(f"{name}: r={r} clamped to its smaller side {min(hosts.shape(host))}", stacklevel=2)
             r = min(hosts.shape(host))
-        scale = alpha / math.sqrt(r) if self.rslora else alpha / r
         if hosts.kind(host) == "embedding" and host.max_norm is not None:
             raise ValueError(f"{name}: an embedding with max_norm rescales its rows on look-up; LoRA cannot adapt it")
         groups = getattr(host, "groups", 1)
         if r % groups:
             raise ValueError(f"{name}: r={r} must be a multiple of its {groups} groups; set rank_pattern or exclude it")
         kinds = {"embedding": LoRAEmbedding, "conv": LoRAConv if groups == 1 else LoRAGroupedConv}
-        return kinds.get(hosts.kind(host) or "", LoRALinear)(host, r, scale, self.dropout, self.init)
+        return kinds.get(hosts.kind(host) or "", LoRALinear)(host, r, alpha / self._norm(r), self.dropout, self.init)
+
+    def _norm(self, r: int) -> float:
+        return math.sqrt(r) if self.rslora else r
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         if self.lora_plus_ratio == 1.0:
@@ -170,3 +194,49 @@ class LoRA(Method):
         factors = [a.B for a in held if isinstance(a, LoRALinear) and not isinstance(a, LoRAEmbedding)]
         groups = [{"params": factors, "lr_scale": self.lora_plus_ratio}] if factors else []
         return groups + ([{"params": embeddings, "lr": self.lora_plus_embedding_lr}] if embeddings else [])
+
+    def to_hf(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        held = {name: (host, a) for name, host, a in self.adapters(model) if isinstance(a, LoRALinear)}
+        ranks = {name: len(a.A) for name, (_, a) in held.items()}
+        alphas = {n: hf.number(a.scale * self._norm(ranks[n])) for n, (_, a) in held.items()}
+        tensors = {f"{hf.PREFIX}{n}.{k}": t for n, (host, a) in held.items() for k, t in a.to_hf(host).items()}
+        return {
+            "r": self.r,
+            "lora_alpha": hf.number(self.alpha),
+            "use_rslora": self.rslora,
+            "lora_dropout": self.dropout,
+            "init_lora_weights": True if self.init == "default" else self.init,
+            "fan_in_fan_out": any(hosts.is_conv1d(host) for host, _ in held.values()),
+            "bias": "none",
+            "target_modules": hf.target_modules(model, held),
+            "rank_pattern": hf.patterns(ranks, self.r),
+            "alpha_pattern": hf.patterns(alphas, hf.number(self.alpha)),
+        }, tensors
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], tensors: dict[str, dict[str, Tensor]], model: nn.Module) -> "LoRA":
+        hf.check_fields(config, HF_FIELDS, "lora")
+        init, r, alpha = config.get("init_lora_weights", True), config.get("r", 8), config.get("lora_alpha", 8)
+        if init not in HF_STARTS:
+            raise ValueError(
+                f"adapter_config.json has init_lora_weights={init!r}, a start that rewrites or freezes weights, which the "
+                "file does not tell; in peft, save_pretrained with path_initial_model_for_weight_conversion makes a plain "
+                "LoRA of it"
+            )
+        first = {n: t.get("lora_A.weight", t.get("lora_embedding_A")) for n, t in tensors.items()}
+        ranks = {n: len(a) for n, a in first.items() if a is not None}
+        for name, rank in ranks.items():
+            if (said := hf.lookup(config.get("rank_pattern"), name, r)) != rank:
+                raise ValueError(f"adapter_config.json gives {name!r} the rank {said}, its tensors have {rank}")
+        wide = {n for n in ranks if r > min(hosts.shape(model.get_submodule(n)))}
+        alphas = {n: float(hf.lookup(config.get("alpha_pattern"), n, alpha)) for n in ranks}
+        return cls(
+            r=r,
+            alpha=float(alpha),
+            rslora=config.get("use_rslora", False),
+            dropout=config.get("lora_dropout", 0.0),
+            init="gaussian" if init == "gaussian" else "default",
+            targets=hf.targets(model, ranks),
+            rank_pattern=hf.patterns(ranks, r, ours=True, also=wide),
+            alpha_pattern=hf.patterns(alphas, float(alpha), ours=True),
+        )

@@ -1,0 +1,154 @@
+"""What the commands print: short, without third parties' noise, with the next command at the end."""
+
+import logging
+import warnings
+
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+THEME = RichProgressBarTheme(progress_bar="cyan", progress_bar_finished="cyan", progress_bar_pulse="cyan")
+
+# Messages of Lightning that tell a user of this command nothing, each by a part of its own.
+NOISE = (
+    "GPU available",  # the first line of a run says which device it uses
+    "TPU available",
+    "Tip: For seamless",  # advertises other packages
+    "Seed set to",  # stands in config.yaml
+)
+LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+)
+# Warnings that are no news to a user of this command, each by its beginning.
+HARMLESS = (
+    r".*does not have many workers",  # loading short texts is not what a step waits for
+    r"Experiment logs directory .* exists and is not empty",  # runs.py made sure that it is ours, and keeps old metrics
+    r"Checkpoint directory .* exists and is not empty",  # likewise, when a run goes on
+    r"LightningCLI's args parameter",  # we hand on what followed the command
+)
+
+
+def quieten() -> None:
+    """Silence the messages above."""
+    for pattern in HARMLESS:
+        warnings.filterwarnings("ignore", pattern)
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in NOISE)
+
+
+def note(text: str) -> None:
+    rich.get_console().print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("warning: ", "bold yellow"), text))
+
+
+class MetricLines(Callback):
+    """One line after each validation, above the progress bar, which keeps only the present."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
+            values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+            told = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+            rich.get_console().print(
+                f"epoch {trainer.current_epoch + 1:<3} step {trainer.global_step:<6} {told}", highlight=False, markup=False
+            )
+
+
+def before_fit(trainer: Trainer, model: LightningModule, data: LightningDataModule | None, run: Run | None) -> None:
+    """What is about to run, on which device, and where to."""
+    on = f" on {type(data).__name__}" if data is not None else ""
+    device = f"{trainer.num_devices} x {trainer.strategy.root_device.type}"
+    where = f", into {run.folder}" if run else ", writing nothing (fast_dev_run)"
+    note(f"{type(model).__name__}{on}, {device}, precision {trainer.precision}{where}")
+
+
+def last_checkpoint(run: Run | None) -> str:
+    """For the message after Ctrl-C."""
+    found = run.checkpoints() if run else []
+    if not found:
+        return "no checkpoint had been written yet"
+    return f"the last checkpoint is {found[-1]}; go on from it with --ckpt_path {shlex.quote(str(found[-1]))}"
+
+
+def after_fit(
+    trainer: Trainer, data: LightningDataModule | None, callback: PEFT, run: Run | None, seconds: float
+) -> None:
+    """Print what was written, the metrics and the next commands; write summary.json."""
+    if run is None:
+        note("fast_dev_run: the fit works; nothing was written")
+        return
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+    summary = {"best": best, "seconds": round(seconds, 1), "metrics": metrics}
+    (run.folder / runs.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    tokenizer = getattr(data, "tokenizer", None)
+    if "merged" in callback.written and hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(callback.written["merged"])  # so that the folder is a model to use as it stands
+    console = rich.get_console()
+    console.print(f"\n[bold]Finished[/] in {_duration(seconds)}", highlight=False)
+    console.print(_written(trainer, callback, run, best))
+    console.print("\n[bold]Next[/]")
+    for what, command in _next(callback, run, best).items():
+        console.print(f"  [dim]{what}[/]\n  {escape(command)}", highlight=False, soft_wrap=True)
+
+
+def _written(trainer: Trainer, callback: PEFT, run: Run, best: str) -> Table:
+    table = Table.grid(padding=(0, 2))
+    rows = {"adapter": "as of the last step", "merged": "base with the adapter folded in"}
+    for what, path in callback.written.items():
+        told = _proof(path) if what == "proof" else rows.get(what, "")
+        table.add_row(f"  {what}", escape(str(path)), "" if what == "proof" else runs.size(path), told)
+    if best:
+        score = getattr(trainer.checkpoint_callback, "best_model_score", None)
+        monitor = getattr(trainer.checkpoint_callback, "monitor", None)
+        told = "the last" if score is None else f"the best: {monitor} {float(score):.4g}"
+        table.add_row("  checkpoint", escape(best), runs.size(Path(best)), told)
+    if (metrics := run.folder / runs.METRICS).is_file():
+        table.add_row("  metrics", escape(str(metrics)))
+    return table
+
+
+def _proof(path: Path) -> str:
+    proof = json.loads(path.read_text())
+    return f"outputs differ by at most {proof['largest']:.2g}"
+
+
+def _next(callback: PEFT, run: Run, best: str) -> dict[str, str]:
+    folder = shlex.quote(str(run.folder))
+    todo = {"measure on the test split": f"lightning-peft test --config {folder}/{runs.CONFIG}"}
+    if "adapter" in callback.written:
+        adapter = shlex.quote(str(callback.written["adapter"]))
+        if "merged" not in callback.written:
+            todo["fold into the base"] = f"lightning-peft merge {adapter} --output {folder}/merged"
+        todo["to huggingface/peft's format"] = f"lightning-peft export {adapter} --format hf --output {folder}/hf"
+    if best:
+        source = shlex.quote(best)
+        todo["adapter of the checkpoint"] = f"lightning-peft export {source} --format lightning-peft --output {folder}/best"
+    return todo
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def write_predictions(batches: Sequence[Any], folder: Path, rank: int) -> Path:
+    """One JSON object a row, from what ``predict_step`` returned: a dict of columns, a list, or a tensor, by batch."""
+    file = folder / ("predictions.jsonl" if rank == 0 else f"predictions-{rank}.jsonl")
+    with file.open("w", encoding="utf-8") as out:
+        for batch in batches:
+            columns = {k: _plain(v) for k, v in (batch if isinstance(batch, dict) else {"prediction": batch}).items()}
+            for row in zip(*columns.values(), strict=True):
+                out.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
+    note(f"predictions written to {file}")
+    return file
+
+
+def _plain(values: Any) -> list[Any]:
+    return values.tolist() if isinstance(values, Tensor) else list(values)
