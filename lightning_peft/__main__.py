@@ -1,5 +1,6 @@
 """The command `lightning-peft`: chooses what to import before anything slow is, and turns errors into one line."""
 
+import argparse
 import difflib
 import importlib
 import os
@@ -72,10 +73,11 @@ def _usage() -> None:
 def _report(error: Exception) -> int:
     """One message on stderr. Errors that are not ours to foresee keep their type and a way to their traceback."""
     kind, text = type(error).__name__, str(error).strip()
-    if kind == "ArgumentError":
-        shorten = importlib.import_module("lightning_peft.cli_errors").shorten
-        _say("error", shorten(error))
+    if isinstance(error, argparse.ArgumentError):
+        _say("error", text)
         return 2
+    if text.startswith("Does not validate"):  # what a class raised while jsonargparse was making it
+        text = importlib.import_module("lightning_peft.cli_errors").unwrapped(error)
     foreseen = isinstance(error, ValueError | OSError) or kind == "MisconfigurationException"
     _say("error", text if foreseen and text else f"{kind}: {text}\n({DEBUG}=1 shows the traceback)")
     return 1

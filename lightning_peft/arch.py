@@ -107,7 +107,7 @@ def heads(model: nn.Module) -> list[str]:
     """
     named = dict(modules(model))
     pretrained = _pretrained(model)
-    found = {n for name, module in pretrained.items() for n in _pretrained_heads(name, module, pretrained)}
+    found = {n for name, module in pretrained.items() for n in _pretrained_heads(name, module)}
     body = [*pretrained, *blocks(model)]
     plain = [
         n
@@ -223,12 +223,10 @@ def _outside_base_models(model: nn.Module) -> set[int]:
     return left_out
 
 
-def _pretrained_heads(name: str, module: Any, pretrained: dict[str, Any]) -> Iterator[str]:
+def _pretrained_heads(name: str, module: Any) -> Iterator[str]:
     base, output = module.base_model, module.get_output_embeddings()
-    if base is module and any(p in pretrained for p in ("", *parents(name)) if p != name):
-        return  # a part of another model: what it holds is its body
     for child, part in module.named_children():
         inside = set(part.modules())
-        whole = base is not module or _PRETRAINED_HEAD.fullmatch(child)
+        whole = base is not module or _PRETRAINED_HEAD.fullmatch(child)  # a model that is its own base: by name
         if whole and base not in inside and output not in inside and any(True for _ in part.parameters()):
             yield f"{name}.{child}" if name else child

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
@@ -81,7 +82,7 @@ class PEFT(Callback):
         self._patches.claim(pl_module)
         self.run = trainer.strategy.broadcast(self.run)
         self.sentinel.check_trainer(trainer, pl_module)
-        self.tape, self._resumed = resume.Tape(trainer), {}
+        self.tape, self._resumed, self._before_injection = resume.Tape(trainer), {}, None
         self._remerge = self._merged is not None and stage != "fit"
         if self._merged is not None:
             self._merged.undo()  # the adapters go on from where they were
@@ -122,6 +123,7 @@ class PEFT(Callback):
             return
         if held:
             remove(target)
+        self._before_injection = resume.rng_state()
         try:
             inject(target, self.methods, train=self._train_names(pl_module), dtype=self.dtype)
         except ValueError:
@@ -158,12 +160,15 @@ class PEFT(Callback):
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fresh fits only: take the adapters off, let methods look at data, inject again with what they found."""
-        if trainer.ckpt_path is not None:
-            return
-        target = self.target(pl_module)
+        if trainer.ckpt_path is not None or self._before_injection is None:
+            return  # what was trained before, in a file or in the model, goes on
+        target, train, starts = self.target(pl_module), self._train_names(pl_module), dict(self.tape.starts)
         remove(target)
-        stats = calibration.run(trainer, pl_module, target, self.methods, self.calibration_batches)
-        inject(target, self.methods, train=self._train_names(pl_module), stats=stats, dtype=self.dtype)
+        stats = calibration.run(trainer, pl_module, target, self.methods, train, self.calibration_batches)
+        self.tape.starts = starts  # what was read ahead was not trained on
+        with isolate_rng():  # draw what the first injection drew, so that no random number of the fit moves
+            resume.set_rng_state(self._before_injection)
+            inject(target, self.methods, train=train, stats=stats, dtype=self.dtype)
 
     # ---- the fit ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_peft import io, resume
+from lightning_peft import checks, resume
+from lightning_peft.config import KEY, describe, trained_names
 from lightning_peft.inject import Record, find_record
 from lightning_peft.resume import Tape
 
@@ -39,17 +40,17 @@ def fill(
         tape: of the training loaders, None outside a fit.
     """
     model, prefix = pl_module.get_submodule(scope), f"{scope}." if scope else ""
-    keep = io.trained_names(model) | {n for n, _ in model.named_buffers()}
+    keep = trained_names(model) | {n for n, _ in model.named_buffers()}
     checkpoint["state_dict"] = {
         k: v
         for k, v in checkpoint["state_dict"].items()
         if not k.startswith(prefix) or k.removeprefix(prefix) in keep or k.endswith("_extra_state")
     }
-    checkpoint[io.KEY] = io.describe(model, run) | {"scope": scope}
+    checkpoint[KEY] = describe(model, run) | {"scope": scope}
     if tape and ("optimizer_states" in checkpoint or not trainer.strategy.lightning_restore_optimizer):
         open_window = trainer.fit_loop.epoch_loop._should_accumulate()  # private: no public way to ask
         grads = resume.open_gradients(model) if open_window else {}
-        checkpoint[io.KEY] |= {"state": _of_all_ranks(tape.state()), "gradients": grads}
+        checkpoint[KEY] |= {"state": _of_all_ranks(tape.state()), "gradients": grads}
 
 
 def _of_all_ranks(state: Any) -> list[Any]:
@@ -69,21 +70,21 @@ def check(checkpoint: dict[str, Any], model: nn.Module, record: Record, scope: s
     Raises:
         ValueError: naming what differs; before anything was loaded.
     """
-    if io.KEY not in checkpoint:
+    if KEY not in checkpoint:
         raise ValueError(
             "the checkpoint was written without lightning-peft: it holds no adapters. To start from its weights, load "
             "them into the module before the fit (load_state_dict) and pass no ckpt_path"
         )
-    config = checkpoint[io.KEY]
+    config = checkpoint[KEY]
     source = "the checkpoint"
     if config["scope"] != scope:
         raise ValueError(f"{source} was written with PEFT(model={config['scope']!r}), not model={scope!r}")
-    io.check_methods(record.methods, config, source)
-    io.check_fingerprint(record.base, config["base"], source)
-    io.fit_structure(model, config, source)
+    checks.check_methods(record.methods, config, source)
+    checks.check_fingerprint(record.base, config["base"], source)
+    checks.fit_structure(model, config, source)
     prefix = f"{scope}." if scope else ""
     tensors = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     if tensors:  # a sharded strategy has loaded them already and hands over none
-        io.check_keys(model, tensors, source)
-        io.check_shapes(model, tensors, source)
+        checks.check_keys(model, tensors, source)
+        checks.check_shapes(model, tensors, source)
     return config

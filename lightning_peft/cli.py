@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -33,7 +33,9 @@ class Parser(LightningArgumentParser):
     """Says what was given, where and what would work, in place of the whole union of types."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        raise cli_errors.shortened(message, ex, [o for a in self._actions for o in a.option_strings]) from ex
+        parsers = [self, *(getattr(self, "_subcommand_parsers", None) or {}).values()]
+        options = [o for p in parsers for a in p._actions for o in a.option_strings]  # private, as all of argparse is
+        raise cli_errors.shortened(message, ex, options) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -56,7 +58,7 @@ class PeftCLI(LightningCLI):
             super().__init__(
                 save_config_callback=SaveConfig,
                 save_config_kwargs={"overwrite": True},  # runs.py has made sure that it is this run's own
-                trainer_defaults={"default_root_dir": ROOT, "enable_model_summary": False},
+                trainer_defaults={"default_root_dir": ROOT, "enable_model_summary": False, "log_every_n_steps": 10},
                 seed_everything_default=SEED,
                 parser_class=Parser,
                 parser_kwargs=options | {"prog": "lightning-peft"} | {c: dict(options) for c in COMMANDS},
@@ -68,7 +70,7 @@ class PeftCLI(LightningCLI):
             raise
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(PEFT, "peft")
+        parser.add_class_arguments(PEFT, "peft", fail_untyped=False, sub_configs=True)
         parser.add_argument(
             "--name",
             type=str | None,
@@ -132,12 +134,13 @@ class PeftCLI(LightningCLI):
             quantize_when_made(self.model, kind)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        options = self.config_init[self.subcommand].trainer
+        """With PEFT before the configured callbacks, since some of them copy or count what it puts in."""
+        peft, options = self.config_init[self.subcommand].peft, self.config_init[self.subcommand].trainer
         held = options.callbacks if isinstance(options.callbacks, list) else [c for c in [options.callbacks] if c]
         shown: list[Any] = [cli_output.MetricLines()]
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in held):
-            shown.append(RichProgressBar(theme=cli_output.THEME))
-        kwargs["callbacks"] = [*held, *shown]
+            shown.append(cli_output.Bar())
+        kwargs["callbacks"] = [peft, *held, *shown]
         if self.run_folder is not None:
             kwargs["default_root_dir"] = str(self.run_folder.folder)
             if options.logger in (None, True):

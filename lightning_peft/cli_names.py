@@ -11,6 +11,7 @@ from jsonargparse import get_loader, set_loader
 from lightning_peft import registry
 
 MODE = "lightning_peft_yaml"  # parser mode: YAML in which methods go by short names
+_FILES = ("--config", "-c")
 _FLAG = re.compile(r"--peft\.methods(\+|\.help)?(=.*)?")
 
 
@@ -34,7 +35,17 @@ def short_names() -> tuple[dict[str, str], list[str]]:
 def accept(paths: dict[str, str]) -> None:
     """Register the parser mode ``MODE``, which knows the names in ``paths``."""
     load = get_loader("yaml")
-    set_loader(MODE, lambda text: in_config(load(text), paths), (yaml.YAMLError,))
+
+    def loader(text: str, path: str = "") -> Any:
+        try:
+            return in_config(load(text), paths)
+        except yaml.MarkedYAMLError as cause:
+            if not path:
+                raise
+            line = cause.problem_mark.line + 1 if cause.problem_mark else "?"
+            raise ValueError(f"{path}, line {line}: not YAML: {cause.problem}") from cause
+
+    set_loader(MODE, loader, (yaml.YAMLError,))
 
 
 def in_config(tree: Any, paths: dict[str, str]) -> Any:
@@ -52,18 +63,26 @@ def in_config(tree: Any, paths: dict[str, str]) -> Any:
 
 
 def in_arguments(args: Sequence[str], paths: dict[str, str]) -> list[str]:
-    """Command-line arguments with the values of `--peft.methods`, `--peft.methods+` and `.help` spelled out."""
+    """Command-line arguments with the values of `--peft.methods`, `--peft.methods+` and `.help` spelled out.
+
+    Config files come first, so that options on the command line win over them wherever they stand.
+    """
+    files: list[str] = []
     out: list[str] = []
-    for arg in args:
+    before = ""
+    for arg in args[1:]:
         flag = _FLAG.fullmatch(arg)
-        if flag and flag[2]:
-            before, _, value = arg.partition("=")
-            out.append(f"{before}={_value(value, paths)}")
-        elif out and _FLAG.fullmatch(out[-1]) and "=" not in out[-1]:
+        if before in _FILES or arg in _FILES or arg.startswith("--config="):
+            files.append(arg)
+        elif flag and flag[2]:
+            name, _, value = arg.partition("=")
+            out.append(f"{name}={_value(value, paths)}")
+        elif (flag := _FLAG.fullmatch(before)) and not flag[2]:
             out.append(_value(arg, paths))
         else:
             out.append(arg)
-    return out
+        before = arg
+    return [*args[:1], *files, *out]
 
 
 def _value(text: str, paths: dict[str, str]) -> str:

@@ -1,11 +1,27 @@
 """What the commands print: short, without third parties' noise, with the next command at the end."""
 
+import json
 import logging
+import shlex
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import datasets
+import rich
+import transformers
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from torch import Tensor
 
-THEME = RichProgressBarTheme(progress_bar="cyan", progress_bar_finished="cyan", progress_bar_pulse="cyan")
+from lightning_peft import runs
+from lightning_peft.callback import PEFT
+from lightning_peft.runs import Run
 
 # Messages of Lightning that tell a user of this command nothing, each by a part of its own.
 NOISE = (
@@ -13,11 +29,14 @@ NOISE = (
     "TPU available",
     "Tip: For seamless",  # advertises other packages
     "Seed set to",  # stands in config.yaml
+    "to estimate number of stepping batches",  # a loader is made a moment earlier than it would be
 )
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
     "lightning.fabric.utilities.seed",
+    "transformers.modeling_utils",
+    "transformers.utils.loading_report",
 )
 # Warnings that are no news to a user of this command, each by its beginning.
 HARMLESS = (
@@ -25,11 +44,15 @@ HARMLESS = (
     r"Experiment logs directory .* exists and is not empty",  # runs.py made sure that it is ours, and keeps old metrics
     r"Checkpoint directory .* exists and is not empty",  # likewise, when a run goes on
     r"LightningCLI's args parameter",  # we hand on what followed the command
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
+    r"The number of training batches \(.*\) is smaller than the logging interval",  # metrics by epoch are logged anyway
 )
 
 
 def quieten() -> None:
-    """Silence the messages above."""
+    """Silence the messages above, and bars that are gone before they can be read."""
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
     for pattern in HARMLESS:
         warnings.filterwarnings("ignore", pattern)
     for name in LOGGERS:
@@ -37,7 +60,10 @@ def quieten() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not any(part in record.getMessage() for part in NOISE)
+    text = record.getMessage()
+    if "LOAD REPORT" in text:  # a new head, which the table of what trains shows; anything else in it is news
+        return any(word in text for word in ("UNEXPECTED", "MISMATCH", "CONVERSION"))
+    return not any(part in text for part in NOISE)
 
 
 def note(text: str) -> None:
@@ -48,6 +74,18 @@ def warn(text: str) -> None:
     Console(stderr=True, soft_wrap=True).print(Text.assemble(("warning: ", "bold yellow"), text))
 
 
+class Bar(RichProgressBar):
+    """Lightning's bar with the training loss alone; what is measured gets lines of its own, see ``MetricLines``."""
+
+    def __init__(self) -> None:
+        colours = dict.fromkeys(("progress_bar", "progress_bar_finished", "progress_bar_pulse"), "cyan")
+        super().__init__(theme=RichProgressBarTheme(**colours))
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        shown = super().get_metrics(trainer, pl_module)
+        return {k: v for k, v in shown.items() if k != "v_num" and not k.startswith(("val", "test"))}
+
+
 class MetricLines(Callback):
     """One line after each validation, above the progress bar, which keeps only the present."""
 
@@ -56,7 +94,9 @@ class MetricLines(Callback):
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
             told = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
             rich.get_console().print(
-                f"epoch {trainer.current_epoch + 1:<3} step {trainer.global_step:<6} {told}", highlight=False, markup=False
+                f"epoch {trainer.current_epoch + 1:<3} step {trainer.global_step:<6} {told}",
+                highlight=False,
+                markup=False,
             )
 
 
@@ -92,26 +132,34 @@ def after_fit(
         tokenizer.save_pretrained(callback.written["merged"])  # so that the folder is a model to use as it stands
     console = rich.get_console()
     console.print(f"\n[bold]Finished[/] in {_duration(seconds)}", highlight=False)
-    console.print(_written(trainer, callback, run, best))
+    for line in _written(trainer, callback, run, best):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print("\n[bold]Next[/]")
     for what, command in _next(callback, run, best).items():
         console.print(f"  [dim]{what}[/]\n  {escape(command)}", highlight=False, soft_wrap=True)
 
 
-def _written(trainer: Trainer, callback: PEFT, run: Run, best: str) -> Table:
-    table = Table.grid(padding=(0, 2))
-    rows = {"adapter": "as of the last step", "merged": "base with the adapter folded in"}
-    for what, path in callback.written.items():
-        told = _proof(path) if what == "proof" else rows.get(what, "")
-        table.add_row(f"  {what}", escape(str(path)), "" if what == "proof" else runs.size(path), told)
+def _written(trainer: Trainer, callback: PEFT, run: Run, best: str) -> list[str]:
+    """What was written as lines of name, path, size and a word about it; no path is ever cut short."""
+    about = {"adapter": "as of the last step", "merged": "the base with the adapter folded in"}
+    rows = [(what, path, runs.size(path), about.get(what, "")) for what, path in callback.written.items()]
+    rows = [(w, p, s, _proof(p) if w == "proof" else a) for w, p, s, a in rows]
     if best:
         score = getattr(trainer.checkpoint_callback, "best_model_score", None)
         monitor = getattr(trainer.checkpoint_callback, "monitor", None)
-        told = "the last" if score is None else f"the best: {monitor} {float(score):.4g}"
-        table.add_row("  checkpoint", escape(best), runs.size(Path(best)), told)
+        told = "the last" if score is None else f"the best, {monitor} {float(score):.4g}"
+        rows.append(("checkpoint", Path(best), runs.size(Path(best)), told))
     if (metrics := run.folder / runs.METRICS).is_file():
-        table.add_row("  metrics", escape(str(metrics)))
-    return table
+        rows.append(("metrics", metrics, runs.size(metrics), "by step and epoch"))
+    paths = [_short(p) for _, p, _, _ in rows]
+    width = max(map(len, paths), default=0)
+    return [f"  {r[0]:<11}{p:<{width}}  {r[2]:>8}  {r[3]}" for r, p in zip(rows, paths, strict=True)]
+
+
+def _short(path: str | Path) -> str:
+    """A path as one would type it here."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _proof(path: Path) -> str:
@@ -120,16 +168,18 @@ def _proof(path: Path) -> str:
 
 
 def _next(callback: PEFT, run: Run, best: str) -> dict[str, str]:
-    folder = shlex.quote(str(run.folder))
+    folder = shlex.quote(_short(run.folder))
     todo = {"measure on the test split": f"lightning-peft test --config {folder}/{runs.CONFIG}"}
     if "adapter" in callback.written:
-        adapter = shlex.quote(str(callback.written["adapter"]))
+        adapter = shlex.quote(_short(callback.written["adapter"]))
         if "merged" not in callback.written:
             todo["fold into the base"] = f"lightning-peft merge {adapter} --output {folder}/merged"
         todo["to huggingface/peft's format"] = f"lightning-peft export {adapter} --format hf --output {folder}/hf"
     if best:
-        source = shlex.quote(best)
-        todo["adapter of the checkpoint"] = f"lightning-peft export {source} --format lightning-peft --output {folder}/best"
+        source = shlex.quote(_short(best))
+        todo["adapter of the checkpoint"] = (
+            f"lightning-peft export {source} --format lightning-peft --output {folder}/best"
+        )
     return todo
 
 

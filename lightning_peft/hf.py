@@ -18,23 +18,26 @@ from torch import Tensor, nn
 from lightning_peft import registry, surgery
 from lightning_peft.arch import parents
 from lightning_peft.attach import modules
+from lightning_peft.config import record_of
 from lightning_peft.find import exact, nearest
+from lightning_peft.hf_heads import modules_to_save, task_type
 from lightning_peft.hf_names import (
     check_fields,
+    check_start,
     lookup,
-    modules_to_save,
-    number,
     patterns,
+    read_ranks,
     target_modules,
     targeted,
     targets,
-    task_type,
+    write_ranks,
 )
-from lightning_peft.inject import Record, find_record, inject, remove
+from lightning_peft.inject import Record, inject, remove
 from lightning_peft.method import Method
 
-__all__ = ["CONFIG", "PREFIX", "TENSORS", "check_fields", "load", "lookup", "number", "patterns", "save",
-           "target_modules", "targets"]  # fmt: skip
+# What the plugins' to_hf and from_hf use comes from hf_names.
+__all__ = ["PREFIX", "check_fields", "check_start", "load", "lookup", "patterns", "read_ranks", "save",
+           "target_modules", "targets", "write_ranks"]  # fmt: skip
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 
@@ -72,20 +75,17 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
 
 def _exported(model: nn.Module) -> tuple[Record, Method]:
     """The record, and the one method that has something to export; losses and optimizer wrappers leave no trace."""
-    held = find_record(model)
-    if held is None or held[0]:
-        where = f"its submodule {held[0]!r} does: pass that" if held else "call lightning_peft.inject first"
-        raise ValueError(f"this {type(model).__name__} holds no injected methods; {where}")
+    record = record_of(model)
     if surgery.record(model):
         raise ValueError("heads or channels were cut out of this model, so peft cannot build it from the base")
-    methods = [m for m in held[1].methods if m.traits.hf or any(m.adapters(model))]
+    methods = [m for m in record.methods if m.traits.hf or any(m.adapters(model))]
     if unknown := [m.name for m in methods if not m.traits.hf]:
         raise ValueError(f"huggingface/peft has no counterpart of {unknown}; lightning_peft.save keeps them")
     if len(methods) != 1:
         have = [m.name for m in methods] or "none that peft knows"
         raise ValueError(f"a peft folder holds one method, this model {have}; merge the others, or save it with "
                          "lightning_peft.save")  # fmt: skip
-    return held[1], methods[0]
+    return record, methods[0]
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], overwrite: bool) -> None:
@@ -133,8 +133,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{folder} is no folder of huggingface/peft: it has no {CONFIG}")
     if not (folder / TENSORS).is_file():
         if (folder / "adapter_model.bin").is_file():
-            raise ValueError(f"{folder} holds adapter_model.bin, a pickle, which can run code as it is read; load it in "
-                             f"peft, if you trust it, and save_pretrained it again for {TENSORS}")  # fmt: skip
+            raise ValueError(f"{folder} holds adapter_model.bin, a pickle, which can run code as it is read; if you "
+                             f"trust it, load it in peft and save_pretrained it again for {TENSORS}")  # fmt: skip
         raise ValueError(f"{folder} has no {TENSORS}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -168,7 +168,7 @@ def _plugin(config: dict[str, Any]) -> type[Method]:
 def _split(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(state of the modules that are trained in full, by key of ``model``; the adapters' tensors, by key of the file)."""
+    """(state of the modules trained in full, by key of ``model``; the adapters' tensors, by key of the file)."""
     state, saved = model.state_dict(), tuple(config.get("modules_to_save") or ())
     base: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
@@ -200,8 +200,8 @@ def _by_module(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, dict[s
 def _fill(views: dict[str, Tensor], tensors: dict[str, Tensor], source: str) -> None:
     """Copy the file's values into the adapters; every tensor must have its place."""
     if extra := sorted(tensors.keys() - views.keys()):
-        raise ValueError(f"{source} holds {len(extra)} of {len(tensors)} adapter tensors that nothing here takes, first "
-                         f"{extra[0]!r}; nearest: {nearest(extra[0], views, 1)}. Is it another base?")  # fmt: skip
+        raise ValueError(f"{source} holds {len(extra)} adapter tensors (of {len(tensors)}) that nothing here takes, "
+                         f"first {extra[0]!r}; nearest {nearest(extra[0], views, 1)}. Is it another base?")  # fmt: skip
     if missing := sorted(views.keys() - tensors.keys()):
         raise ValueError(f"{source} lacks {len(missing)} of {len(views)} adapter tensors, first {missing[0]!r}")
     for key, view in views.items():

@@ -1,20 +1,20 @@
 """How huggingface/peft names what it adapts: target_modules, rank_pattern and the like, modules_to_save.
 
-Its rules, as of 0.18 to 0.21: a list of targets holds whole dotted names or ends of them from a dot on, a string is a
+Its rules, as of 0.21: a list of targets holds whole dotted names or ends of them from a dot on, a string is a
 regular expression for the whole name; a pattern's key is a regular expression for such an end; an entry of
 modules_to_save is any end of a name, dot or not.
 """
 
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_peft import hosts
 from lightning_peft.arch import ROLES
-from lightning_peft.attach import adapters, modules
-from lightning_peft.find import exact
+from lightning_peft.attach import modules
+from lightning_peft.find import exact, find
 
 V = TypeVar("V", int, float)
 
@@ -22,19 +22,6 @@ V = TypeVar("V", int, float)
 COMMON = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
           "inference_mode", "runtime_config", "megatron_core", "qalora_group_size", "modules_to_save")  # fmt: skip
 PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-
-
-UNCALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # peft cannot wrap these
-
-# Part of a transformers model's class name -> (peft's task type, ends of names that it then trains in full).
-TASKS = {
-    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
-    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
-    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
-    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
-    "ForCausalLM": ("CAUSAL_LM", ()),
-    "LMHeadModel": ("CAUSAL_LM", ()),
-}
 
 
 def check_fields(config: Mapping[str, Any], known: Collection[str], method: str) -> None:
@@ -53,9 +40,25 @@ def check_fields(config: Mapping[str, Any], known: Collection[str], method: str)
         if config[field] not in off:
             plugin = field.removeprefix("use_").removesuffix("_config")
             raise ValueError(
-                f"adapter_config.json sets {field}={config[field]!r}, which method {method!r} does not have; what would "
-                f"read it is a plugin {plugin!r} with Traits(hf='{config.get('peft_type')}:{field}'), not installed here"
+                f"adapter_config.json sets {field}={config[field]!r}, which method {method!r} does not have; it needs "
+                f"a plugin such as {plugin!r} with Traits(hf='{config.get('peft_type')}:{field}'), none is installed"
             )
+
+
+def check_start(config: Mapping[str, Any]) -> bool:
+    """Whether init_lora_weights says that A was drawn from a Gaussian.
+
+    Raises:
+        ValueError: a start that rewrites the base's weights (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) or freezes a factor.
+    """
+    init = config.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"adapter_config.json has init_lora_weights={init!r}: that start rewrites weights of the base (or freezes "
+            "a factor), and the file does not hold them. In peft, save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...) turns such an adapter into a plain LoRA"
+        )
+    return init == "gaussian"
 
 
 def _ends(name: str) -> list[str]:
@@ -108,16 +111,65 @@ def lookup(patterns: Mapping[str, V] | None, name: str, default: V) -> V:
     return next((v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", name)), default)
 
 
-def number(x: float) -> int | float:
+def write_ranks(model: nn.Module, held: Mapping[str, tuple[int, float]], r: int, alpha: float) -> dict[str, Any]:
+    """peft's fields for what is adapted, at which rank, and scaled by which alpha.
+
+    Args:
+        model: that holds the adapters.
+        held: module name -> (rank, alpha).
+        r, alpha: the method's own, written as the defaults.
+    """
+    return {
+        "r": r,
+        "lora_alpha": _number(alpha),
+        "target_modules": target_modules(model, held),
+        "rank_pattern": patterns({name: rank for name, (rank, _) in held.items()}, r),
+        "alpha_pattern": patterns({name: _number(a) for name, (_, a) in held.items()}, _number(alpha)),
+    }
+
+
+def read_ranks(model: nn.Module, config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The way back: ``r``, ``alpha``, ``targets``, ``rank_pattern`` and ``alpha_pattern`` of a method of ours.
+
+    Args:
+        model: the base.
+        config: peft's.
+        ranks: module name -> rank of its tensors in the file.
+
+    Raises:
+        ValueError: the config gives a module another rank than its tensors have, so its scale is not known; a module
+            without a weight of ours.
+    """
+    if not ranks:
+        raise ValueError(
+            f"no tensor of the file belongs to a module of this {type(model).__name__}: is it another base?"
+        )
+    r, alpha = config.get("r", 8), float(config.get("lora_alpha", 8))
+    for name, rank in ranks.items():
+        if (said := lookup(config.get("rank_pattern"), name, r)) != rank:
+            raise ValueError(f"adapter_config.json gives {name!r} the rank {said}, its tensors have {rank}")
+    find(model, [exact(name) for name in ranks], ("linear", "conv1d", "embedding", "conv"))
+    wide = {name for name in ranks if r > min(hosts.shape(model.get_submodule(name)))}  # ours would clamp it
+    alphas = {name: float(lookup(config.get("alpha_pattern"), name, alpha)) for name in ranks}
+    return {
+        "r": r,
+        "alpha": alpha,
+        "targets": targets(model, ranks),
+        "rank_pattern": patterns(ranks, r, ours=True, also=wide),
+        "alpha_pattern": patterns(alphas, alpha, ours=True),
+    }
+
+
+def _number(x: float) -> int | float:
     """Rounded where a product undid a quotient, and an int where it is whole, as peft types its alpha."""
     x = round(float(x), 9)
     return int(x) if x.is_integer() else x
 
 
 def targeted(config: Mapping[str, Any], name: str) -> bool:
-    """Whether the config's ``PLACES`` name this module; never so for "all-linear" and None, which depend on the model."""
+    """Whether the config's ``PLACES`` name this module; "all-linear" and None, which ask the model, name none."""
     target, exclude = config.get("target_modules"), config.get("exclude_modules") or []
-    if _names(exclude, name) or _excluded(name, config.get("modules_to_save") or []):
+    if _names(exclude, name) or saved_below(name, config.get("modules_to_save") or []):
         return False
     if target is None or not _names(target, name):
         return False
@@ -137,49 +189,6 @@ def _names(target: str | Sequence[str], name: str) -> bool:
     return any(name == t or name.endswith("." + t) for t in target)
 
 
-def _excluded(name: str, modules_to_save: Iterable[str]) -> bool:
+def saved_below(name: str, modules_to_save: Iterable[str]) -> bool:
     """Whether peft leaves this module unadapted, as one that modules_to_save trains in full or a part of one."""
     return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in modules_to_save)
-
-
-def modules_to_save(
-    model: nn.Module, train: Collection[str], hosts: list[str], views: Mapping[str, Tensor]
-) -> list[str]:
-    """Names of the outermost modules that are trained as a whole, and of those that peft takes along by their name.
-
-    Raises:
-        ValueError: something else is trained, or one of them holds a host of an adapter.
-    """
-    known = {id(p) for n, p in model.named_parameters() if n in train}
-    whole: list[str] = []
-    for name, module in modules(model):  # parents come first
-        if name and not isinstance(module, UNCALLED) and not any(name.startswith(f"{w}.") for w in whole):
-            params = [id(p) for p in module.parameters()]
-            whole += [name] if params and known.issuperset(params) else []
-    held = known & {id(p) for name in whole for p in model.get_submodule(name).parameters()}
-    held |= {id(v if v._base is None else v._base) for v in views.values()}
-    held |= {id(p) for _, _, adapter in adapters(model) for p in adapter.parameters()}
-    if left := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
-        raise ValueError(
-            f"{len(left)} trained parameters cannot be expressed in a peft folder, first {left[0]!r}: its "
-            "modules_to_save holds modules that are trained as a whole; lightning_peft.save keeps them"
-        )
-    names = [n for n, _ in modules(model) if n and not any(n.startswith(f"{w}.") for w in whole)]
-    taken = [n for n in names if n not in whole and n.endswith(tuple(whole))] if whole else []
-    if both := [h for h in hosts if _excluded(h, [*whole, *taken]) or h in taken]:
-        raise ValueError(f"peft cannot both adapt {both[0]!r} and train it, or what its name ends in, in full")
-    if taken:
-        warnings.warn(f"peft matches modules_to_save {whole} by the ends of names, so {taken} are saved too and would "
-                      "train if the fit went on there", stacklevel=3)  # fmt: skip
-    return whole + taken
-
-
-def task_type(model: nn.Module, saved: list[str]) -> str | None:
-    """peft's task type of a transformers model; None for others, and where it would train a head that is frozen here."""
-    name = next((c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers.")), "")
-    task, heads = next((v for end, v in TASKS.items() if end in name), (None, ()))
-    if task == "SEQ_2_SEQ_LM" and not getattr(model.config, "is_encoder_decoder", False):
-        return None  # image-to-text and the like
-    forced = [n for n, _ in modules(model) if heads and n.endswith(heads)]
-    inside = [f for f in forced if any(f == s or f.startswith(f"{s}.") for s in saved)]
-    return task if len(inside) == len(forced) else None

@@ -4,7 +4,7 @@
 
     # setup           freeze(model)                        every weight below the target arrives frozen
     #                 stats = method.calibrate(...)         fresh fits only, when the method overrides it
-    #                 method.inject(model, stats)
+    #                 method.inject(model, stats)           a calibrating one was injected and taken off once before
     #                 load weights of ckpt_path             structure is read from the file's shapes
     #                 optimizers = configure_optimizers()   the user's own
     #                 method.param_groups(model)            regrouped inside those optimizers
@@ -18,8 +18,8 @@
             clip(); optimizer.step(); optimizer.zero_grad()
             method.after_step(model, step)   # ranks, masks, pruning: parameters may change shape here
     # end             method.finish(model)
-    #                 merge(model) if asked, proven on a held batch
     #                 save(model, folder)
+    #                 merge(model) if asked, proven on a held batch and written beside it
 
 A method knows PyTorch and this file; it never sees Lightning.
 """
@@ -116,13 +116,18 @@ class Method(abc.ABC):
         """
 
     def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Any:
-        """Look at data before injection, on fresh fits only. ``loss(batch)`` runs the user's training step."""
+        """Look at data before injection, on fresh fits only. ``loss(batch)`` runs the user's training step.
+
+        Weights are frozen, as for ``inject``: turn ``requires_grad`` on where gradients are wanted. It is put back, as
+        are gradients, buffers, random states and the place in the data. Under several processes rank 0's return counts.
+        """
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         """Parameters that want their own optimizer options: ``{"params": [...], "lr_scale": 16.0, ...}``.
 
-        ``lr_scale`` multiplies the learning rate of the group the parameters came from; every other key replaces
-        that group's option of the same name.
+        ``lr_scale`` multiplies the learning rate of the group the parameters came from, at every moment of a schedule;
+        ``lr`` does so by the factor that makes the initial one (of OneCycleLR the highest) what it says. Every other
+        key replaces that group's option of the same name.
         """
 
     def wrap_optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:

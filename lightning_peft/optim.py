@@ -15,7 +15,8 @@ from lightning_peft.method import Method
 
 log = logging.getLogger("lightning_peft")
 LEARNING_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
-PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs")
+RATES_PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
+PER_GROUP = (*RATES_PER_GROUP, "lr_lambdas", "base_momentums", "max_momentums")
 
 
 def adopt(optimizers: Sequence[Optimizer], model: nn.Module, names: dict[nn.Parameter, str]) -> int:
@@ -71,11 +72,14 @@ def _split(optimizer: Optimizer, index: int, moved: list[Any], options: dict[str
     old = optimizer.param_groups[index]
     if unknown := [k for k in options if k not in old and k != "lr_scale"]:
         raise ValueError(f"{type(optimizer).__name__} has no option {unknown[0]!r} for a parameter group")
-    scale = options.get("lr_scale", options["lr"] / old["lr"] if "lr" in options and old["lr"] else 1.0)
+    if {"lr", "lr_scale"} <= options.keys():
+        raise ValueError(f"a parameter group takes 'lr' or 'lr_scale', got both: {options['lr']}, {options['lr_scale']}")
+    base = old.get("max_lr", old.get("initial_lr", old["lr"]))  # a warm-up may have made the present one small, or zero
+    scale = options.get("lr_scale", options["lr"] / base if "lr" in options and base else 1.0)
     rest = [p for p in old["params"] if all(p is not m for m in moved)]
     new = {k: copy.copy(v) for k, v in old.items() if k != "params"} | {"params": moved}
     new |= {k: new[k] * scale for k in LEARNING_RATES if k in new}
-    new |= {k: v for k, v in options.items() if k not in ("lr", "lr_scale")}
+    new |= {k: v for k, v in options.items() if k != "lr_scale" and (k != "lr" or not base)}
     old["params"] = rest
     count = len(optimizer.param_groups)
     optimizer.param_groups.append(new)
@@ -85,7 +89,7 @@ def _split(optimizer: Optimizer, index: int, moved: list[Any], options: dict[str
         for name in PER_GROUP:  # a scheduler keeps one entry a group, made before this group existed
             values = getattr(scheduler, name, None)
             if isinstance(values, list) and len(values) == count:
-                values.append(values[index] if name == "lr_lambdas" else values[index] * scale)
+                values.append(values[index] * scale if name in RATES_PER_GROUP else values[index])
 
 
 def _all(schedulers: Iterable[Any]) -> list[Any]:

@@ -87,16 +87,29 @@ def _stored(host: Any) -> bool:
     return _state(host) is not None if _family(host) == "4-bit" else host.weight.dtype == torch.int8
 
 
+def divides(layer: Any, blocksize: int) -> bool:
+    """False where bitsandbytes' CPU kernel errs by 20 to 50 %: it needs whole blocks in each row of a 4-bit weight."""
+    return layer.weight.device.type != "cpu" or layer.in_features % blocksize == 0
+
+
 def dequantize(host: Any) -> Tensor:
     """The (out, in) weight of a quantised layer; the stored one where it is not quantised yet.
 
     The dtype is the one that a 4-bit weight had before, float32 for int8. A weight that bitsandbytes repacked for CPU
     inference is put back into its own layout first, for good (``keep_layout``).
+
+    Raises:
+        ValueError: a 4-bit weight on the CPU whose rows do not divide into blocks.
     """
     if not _stored(host):
         return host.weight
     keep_layout(host)
     bring_along(host)
+    if _family(host) == "4-bit" and not divides(host, block := _state(host).blocksize):
+        raise ValueError(
+            f"in_features={host.in_features} is no multiple of blocksize={block}: bitsandbytes' CPU kernel may then "
+            "take other blocks' scales, so neither this weight nor the layer's output can be trusted; use a GPU"
+        )
     return _decode(host.weight.data, _state(host) if _family(host) == "4-bit" else scales(host))
 
 

@@ -23,6 +23,7 @@ from lightning_peft.attach import is_adapted
 from lightning_peft.find import matches, nearest
 
 KINDS = ("nf4", "fp4", "int8")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -44,7 +45,8 @@ def quantize(
 
     Args:
         model: with its weights loaded; it is changed in place.
-        kind: "nf4", "fp4" (4 bits a weight), or "int8" (rows in 8 bits; outliers of the input beyond 6 in 16 bit).
+        kind: "nf4", "fp4" (4 bits a weight), or "int8" (rows in 8 bits; in evaluation inputs too, but for columns
+            beyond 6, so that outputs then differ from training's by about 1 %).
         double_quant: of 4-bit kinds, store the blocks' scales in 8 bits too: 4.127 instead of 4.5 bits a weight.
         compute_dtype: of 4-bit kinds, what inputs are cast to for the product, and outputs back from. Biases are
             stored in it, as bitsandbytes would cast them at the first forward.
@@ -55,8 +57,7 @@ def quantize(
         The names of the layers that were replaced.
 
     Raises:
-        ValueError: an unknown kind, an option without effect, a model that is adapted, quantised or on the meta
-            device, a layer that cannot be replaced, or bitsandbytes is missing.
+        ValueError: unknown kind, option without effect, adapted or quantised model, layer that cannot be replaced.
     """
     _check_options(kind, double_quant, compute_dtype, blocksize)
     names = _targets(model, exclude)
@@ -77,8 +78,8 @@ def _check_options(kind: str, double_quant: bool, compute_dtype: torch.dtype, bl
         raise ValueError("double_quant, compute_dtype and blocksize have no effect on kind='int8': leave them out")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize {blocksize} does not exist; known: {', '.join(map(str, BLOCKSIZES))}")
-    if compute_dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"compute_dtype {compute_dtype} cannot be computed in; use bfloat16, float16 or float32")
+    if compute_dtype not in DTYPES:
+        raise ValueError(f"compute_dtype {compute_dtype} does not exist; known: {', '.join(map(str, DTYPES))}")
     quant.library()
 
 
@@ -88,12 +89,14 @@ def _targets(model: nn.Module, exclude: Sequence[str]) -> list[str]:
         raise ValueError(f"{adapted[0]!r} holds adapters: quantise the model first, then inject")
     if done := [n for n, m in modules.items() if quant.kind(m)]:
         raise ValueError(f"the model is quantised already: {len(done)} layers, the first {done[0]!r}")
-    kept = [k for m in modules.values() for k in getattr(m, "_keep_in_fp32_modules", None) or ()] + arch.heads(model)
+    kept = [k for m in modules.values() for k in getattr(m, "_keep_in_fp32_modules", None) or ()]
+    heads = set(arch.heads(model))
     names = [
         n
         for n in arch.role(model, "all-linear")
         if isinstance(modules[n], nn.Linear)
         and not isinstance(modules[n.rpartition(".")[0]], nn.MultiheadAttention)
+        and heads.isdisjoint((n, *arch.parents(n)))
         and not any(_covers(k, n) for k in kept)
     ]
     for pattern in exclude:
@@ -120,8 +123,10 @@ def _check_layers(model: nn.Module, names: Sequence[str], kind: str, blocksize: 
         if type(layer).forward is not nn.Linear.forward or layer._forward_hooks or layer._forward_pre_hooks:
             what = "forward hooks" if type(layer).forward is nn.Linear.forward else "a forward of its own"
             raise ValueError(f"{name!r} has {what}, which quantising would lose: exclude=({name!r},)")
-        if kind != "int8" and layer.weight.device.type == "cpu" and layer.in_features % blocksize:
-            raise ValueError(  # bitsandbytes' CPU kernel then reads other blocks' scales: errors of 20 to 50 %
+        if kind != "int8" and layer.weight.dtype not in DTYPES:
+            raise ValueError(f"{name!r} is {layer.weight.dtype}: cast it to one of {', '.join(map(str, DTYPES))} first")
+        if kind != "int8" and not quant.divides(layer, blocksize):
+            raise ValueError(
                 f"{name!r} has in_features={layer.in_features}, no multiple of blocksize={blocksize}, which "
                 f"bitsandbytes needs on the CPU: exclude=({name!r},), another blocksize, kind='int8', or a GPU"
             )

@@ -117,17 +117,20 @@ def _looks_ahead(loader: Any) -> int:
 
 
 def _state(loader: Any) -> State:
-    return {"rng": rng_state(), "generator": _generator_state(loader)}
+    return {"rng": rng_state(), "generators": [g.get_state() for g in generators(loader)]}
 
 
-def _generator_state(loader: Any) -> torch.Tensor | None:
-    return loader.generator.get_state() if loader.generator is not None else None
+def generators(loader: Any) -> list[torch.Generator]:
+    """Generators of their own that a loader and its samplers draw from."""
+    holders = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    found = [getattr(h, "generator", None) for h in holders]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _set(loader: Any, state: State) -> None:
     set_rng_state(state["rng"])
-    if state["generator"] is not None and loader.generator is not None:
-        loader.generator.set_state(state["generator"])
+    for generator, held in zip(generators(loader), state["generators"], strict=False):
+        generator.set_state(held)
 
 
 @functools.cache

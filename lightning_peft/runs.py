@@ -1,13 +1,13 @@
 """Where a run writes: one folder a run, never that of another; and what is found there afterwards.
 
-    <trainer.default_root_dir>/<name>/      "runs" unless configured; the name of the config file unless named
-        config.yaml      all options of the run
-        checkpoints/     *.ckpt
-        adapter/         the adapter as of the last step
-        merged/          the merged model and merge_proof.json, with merge_at_end
-        metrics.csv      and TensorBoard's event files where it is installed
-        summary.json     best checkpoint, metrics and seconds, once the fit has ended
-        test/            the same of `lightning-peft test`; and validate/, predict/
+<trainer.default_root_dir>/<name>/      "runs" unless configured; the name of the config file unless named
+    config.yaml      all options of the run
+    checkpoints/     *.ckpt
+    adapter/         the adapter as of the last step
+    merged/          the merged model and merge_proof.json, with merge_at_end
+    metrics.csv      and TensorBoard's event files where it is installed
+    summary.json     best checkpoint, metrics and seconds, once the fit has ended
+    test/            the same of `lightning-peft test`; and validate/, predict/
 """
 
 import json
@@ -114,6 +114,14 @@ def claim(root: Path, stem: str) -> Run:
             return Run(folder, claimed=True)
         except FileExistsError:
             number += 1
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where ``folder`` could not be made or written; leaves nothing behind."""
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    _make(folder)
+    for path in made:
+        path.rmdir()
 
 
 def _make(folder: Path) -> None:

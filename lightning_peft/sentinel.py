@@ -118,8 +118,8 @@ class Sentinel:
             )
         if missing:
             warn(
-                f"no gradient reached {_some(missing)} in {self._done} optimizer steps: right for a branch that was not "
-                "used so far, else it will not train and can be left out"
+                f"no gradient reached {_some(missing)} in {self._done} optimizer steps: right for a branch that was "
+                "not used so far, else it will not train and can be left out"
             )
 
     def _check_nonzero(self, nonzero: dict[str, bool], units: dict[str, str]) -> None:
@@ -134,8 +134,8 @@ class Sentinel:
     def _check_moved(self, still: list[Seen]) -> None:
         if idle := [s.name for s in still if s.rate == 0]:
             warn(
-                f"{_some(idle)} did not move in {self._done} optimizer steps: the learning rate was 0 in all of them. Is "
-                "a warm-up counted in epochs instead of steps?"
+                f"{_some(idle)} did not move in {self._done} optimizer steps: the learning rate was 0 in all of them. "
+                "Is a warm-up counted in epochs instead of steps?"
             )
         if stuck := [s.name for s in still if s.rate != 0]:
             warn(

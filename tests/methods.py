@@ -164,12 +164,15 @@ class Calibrated(Method):
     name: str = "product"
 
     def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Any:
-        total = dict.fromkeys((n for n, _ in find(model, ("all-linear",))), 0.0)
+        targets = find(model, ("all-linear",))
+        total = dict.fromkeys((n for n, _ in targets), 0.0)
+        for _, host in targets:
+            host.weight.requires_grad_(True)
         for batch in batches:
             EVENTS.append(batch)
             model.zero_grad()
             loss(batch).backward()
-            for name, host in find(model, ("all-linear",)):
+            for name, host in targets:
                 total[name] += float(host.weight.grad.norm())
         return {n: torch.tensor(v) for n, v in total.items()}
 

@@ -192,16 +192,16 @@ def test_find_says_which_roles_a_mamba_has() -> None:
 
 def test_torch_transformer_encoder() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
-    model = nn.ModuleDict({"body": nn.TransformerEncoder(layer, 3), "fc_out": nn.Linear(16, 2)})
-    assert arch.role(model, "attention") == [f"body.layers.{i}.self_attn.out_proj" for i in range(3)]
-    mlp = [f"body.layers.{i}.linear{n}" for i in range(3) for n in (1, 2)]
+    model = nn.ModuleDict({"attention_net": nn.TransformerEncoder(layer, 3), "fc_out": nn.Linear(16, 2)})
+    assert arch.role(model, "attention") == [f"attention_net.layers.{i}.self_attn.out_proj" for i in range(3)]
+    mlp = [f"attention_net.layers.{i}.linear{n}" for i in range(3) for n in (1, 2)]
     assert arch.role(model, "mlp") == mlp
     assert set(arch.role(model, "all-linear")) == {*mlp, *arch.role(model, "attention"), "fc_out"}
-    assert arch.blocks(model) == {f"body.layers.{i}": i for i in range(3)}
+    assert arch.blocks(model) == {f"attention_net.layers.{i}": i for i in range(3)}
     assert arch.heads(model) == ["fc_out"]
     assert parts.attentions(model) == []
-    expected = {"rows": ("body.layers.1.linear1",), "down": "body.layers.1.linear2", "channels": 24}
-    assert parts.mlps(model)[1] == MLP(name="body.layers.1", **expected)
+    expected = {"rows": ("attention_net.layers.1.linear1",), "down": "attention_net.layers.1.linear2", "channels": 24}
+    assert parts.mlps(model)[1] == MLP(name="attention_net.layers.1", **expected)
 
 
 def test_plain_mlp_has_only_linear_layers() -> None:
@@ -240,6 +240,14 @@ class CausalAttention(nn.Module):
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
 
 
+class ManyHeads(nn.Module):
+    """A list of single heads, which is no stack of blocks although each holds attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(Mix() for _ in range(2))
+
+
 class Mix(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -259,6 +267,28 @@ def test_own_blocks_with_experts() -> None:
     assert parts.attentions(model) == [expected]
     experts = [f"blocks.{b}.ff.experts.{e}" for b in range(2) for e in range(2)]
     assert parts.mlps(model) == [MLP(name=e, rows=(f"{e}.w1", f"{e}.w3"), down=f"{e}.w2", channels=12) for e in experts]
+
+
+def test_a_list_of_heads_inside_a_block_is_no_stack() -> None:
+    blocks = nn.ModuleList(nn.ModuleDict({"sa": ManyHeads(), "ff": Expert()}) for _ in range(2))
+    model = nn.ModuleDict({"blocks": blocks})
+    assert arch.blocks(model) == {"blocks.0": 0, "blocks.1": 1}
+    assert len(arch.role(model, "attention")) == 2 * 2 * 4
+
+
+def test_a_sequential_of_like_parts_is_a_stack_and_of_unlike_parts_is_not() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+
+    pipeline = nn.Sequential(Layers(), nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    assert arch.blocks(pipeline) == {f"0.stages.{i}": i for i in range(3)}
+    vit = nn.ModuleDict(
+        {"layers": nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8), nn.TransformerEncoderLayer(8, 2, 8))}
+    )
+    attach(vit.get_submodule("layers.1"), "around", Passing())  # changes the class of one of them
+    assert arch.blocks(vit) == {"layers.0": 0, "layers.1": 1}
 
 
 def test_attention_and_mlp_in_separate_lists() -> None:

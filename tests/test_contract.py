@@ -303,3 +303,288 @@ def test_a_fit_after_a_broken_one_adds_the_penalty_once(tmp_path: Path) -> None:
         ends.append(trained(net))
         assert net.strict_loading and not {"training_step", "configure_model", "on_load_checkpoint"} & vars(net).keys()
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+# ---- calibrate ------------------------------------------------------------------------------------------------------
+
+
+class Watching(Net):
+    """Keeps the batches it trains on and counts examples with a metric and in the log."""
+
+    def __init__(self, *args: Any, data: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen, self.count, self.data, self.moved = [], SumMetric(), data, 0
+
+    def train_dataloader(self) -> Any:
+        return self.data()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.moved += 1
+        return batch
+
+    def loss(self, batch: Any) -> Tensor:
+        self.seen.append(batch)
+        return super().loss(batch["a"] if isinstance(batch, dict) else batch)
+
+    def training_step(self, batch: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        loss = self.loss(batch)
+        self.log_dict({"examples": self.count(len(loss[None]))}, on_epoch=True, on_step=False, reduce_fx="max")
+        return loss
+
+
+class Split(Watching):
+    """Draws a random part of the data in the hook that makes the loader."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.utils.data.random_split(vectors().dataset, [32, 16])[0], 8, shuffle=True)
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        data = vectors().dataset
+        return (data[i] for i in torch.randperm(48).tolist())
+
+
+def own_generator() -> DataLoader:
+    return DataLoader(vectors().dataset, 8, shuffle=True, generator=torch.Generator().manual_seed(2))
+
+
+def own_sampler() -> DataLoader:
+    data = vectors().dataset
+    return DataLoader(data, 8, sampler=RandomSampler(data, generator=torch.Generator().manual_seed(2)))
+
+
+LOADERS = {
+    "shuffled": vectors,
+    "generator": own_generator,
+    "sampler": own_sampler,
+    "stream": lambda: DataLoader(Stream(), 8),
+    "two": lambda: {"a": vectors(), "b": vectors(16, 4)},
+}
+
+
+def fit_with(root: Path, net: Watching, method: Method, *more: L.Callback, ckpt: Path | None = None) -> L.Trainer:
+    L.seed_everything(5, verbose=False)
+    fit = trainer(root, PEFT(method, folder=None, calibration_batches=3), *more, log_every_n_steps=1)
+    fit.fit(net, ckpt_path=ckpt)
+    return fit
+
+
+@pytest.mark.parametrize("kind", [*LOADERS, "split"])
+def test_calibrating_changes_nothing_the_fit_would_see(kind: str, tmp_path: Path) -> None:
+    EVENTS.clear()
+    nets, fits = [], []
+    for method in (methods.Plain(), methods.Calibrated()):
+        net = Split() if kind == "split" else Watching(data=LOADERS[kind])
+        fits.append(fit_with(tmp_path, net, method))
+        nets.append(net)
+    without, calibrated = nets
+    assert len(EVENTS) == 3 and len(calibrated.seen) == len(without.seen) + 3
+    for a, b in zip(without.seen, calibrated.seen[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert calibrated.moved == without.moved + 3
+    assert fits[1].callback_metrics == fits[0].callback_metrics
+    assert not {"log", "log_dict"} & vars(calibrated).keys()
+    draws = [torch.equal(x.net[5].adapters["product"].B, without.net[5].adapters["product"].B) for x in nets]
+    assert draws == [True, False]
+
+
+def test_calibrating_leaves_buffers_and_trains_on_from_the_same_draws(tmp_path: Path) -> None:
+    net = Watching(cnn, lr=0.0, data=lambda: vectors(images=True))
+    before = {k: v.clone() for k, v in net.net.state_dict().items()}
+    fit_with(tmp_path, net, methods.Calibrated())
+    assert all(torch.equal(v, before[k]) for k, v in net.net.state_dict().items() if k in before)
+    bare, plain = Net(cnn), Net(cnn, lr=0.0)
+    norms = dict.fromkeys(("0", "4"), 0.0)
+    for x, y in net.seen[:3]:
+        bare.zero_grad()
+        bare.loss((x, y)).backward()
+        norms = {k: v + float(bare.net.get_submodule(k).weight.grad.norm()) for k, v in norms.items()}
+    run(tmp_path, plain, methods.Plain(), data=vectors(images=True))
+    product = net.net[4].adapters["product"], plain.net[4].adapters["product"]
+    torch.testing.assert_close(product[0].A, product[1].A * norms["4"])
+    assert torch.equal(product[0].B, product[1].B)
+
+
+def test_calibration_is_skipped_on_a_resume_and_on_adapters_that_are_there(tmp_path: Path) -> None:
+    for kind in ("shuffled", "stream"):
+        EVENTS.clear()
+        every = ModelCheckpoint(tmp_path / kind, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        whole = Watching(data=LOADERS[kind])
+        fit_with(tmp_path, whole, methods.Calibrated(), every)
+        assert len(EVENTS) == 3
+        resumed = Watching(data=LOADERS[kind])
+        fit_with(tmp_path, resumed, methods.Calibrated(), ckpt=tmp_path / kind / "step=4.ckpt")
+        assert len(EVENTS) == 3
+        assert whole.losses[-len(resumed.losses) :] == resumed.losses, kind
+        assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(resumed), strict=True)), kind
+    before = trained(whole)
+    fit_with(tmp_path, whole, methods.Calibrated())
+    moved = max(float((a - b).abs().max()) for a, b in zip(before, trained(whole), strict=True))
+    assert len(EVENTS) == 3 and 0 < moved < 0.3  # Adam's steps of 0.01 from where they were, no new draw
+
+
+def test_without_stats_the_structure_is_the_same_and_a_file_fills_it(tmp_path: Path) -> None:
+    net = Watching(data=vectors)
+    L.seed_everything(5, verbose=False)
+    trainer(tmp_path, PEFT(methods.Calibrated(), calibration_batches=3)).fit(net)
+    again = Watching(data=vectors)
+    lp.load(again, tmp_path / "adapter", methods=[methods.Calibrated()])
+    assert all(torch.equal(a, b) for a, b in zip(trained(net), trained(again), strict=True))
+    assert all(bool(a.any()) for a in trained(again))
+
+
+def test_calibration_is_refused_where_the_training_step_would_train(tmp_path: Path) -> None:
+    net = Manual(own=False)
+    start = [p.clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match="under manual optimization would already train"):
+        run(tmp_path, net, methods.Calibrated())
+    assert all(torch.equal(a, b) for a, b in zip(start, Net(smooth).parameters(), strict=True))
+
+    class Skipping(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> None: ...  # pyright: ignore
+
+    with pytest.raises(ValueError, match="training_step returned None for a batch"):
+        run(tmp_path, Skipping(), methods.Calibrated())
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------------
+
+
+def hand_loop(net: Net, optimizer: torch.optim.Optimizer, steps: int, after: Any = None) -> None:
+    """A loop as anyone writes it, over the batches of ``run``."""
+    batches = list(vectors(shuffle=False))
+    for step in range(steps):
+        optimizer.zero_grad()
+        net.loss(batches[step % len(batches)]).backward()
+        optimizer.step()
+        if after is not None:
+            after(step + 1)
+
+
+def injected(make: Any = smooth) -> Net:
+    """A module as ``run`` has it after injection: the same base, the same draws."""
+    net = Net(make)
+    L.seed_everything(5, verbose=False)
+    lp.inject(net, methods.Plain())
+    return net
+
+
+def factors(net: Net, name: str) -> list[nn.Parameter]:
+    return [getattr(a, name) for _, _, a in lp.adapters(net)]
+
+
+def test_param_groups_train_with_options_of_their_own(tmp_path: Path) -> None:
+    net = Net(smooth, optimizer=lambda n: torch.optim.AdamW(n.parameters(), 1e-2, weight_decay=0.5))
+    fit = run(tmp_path, net, methods.Grouped())
+    hand = injected()
+    groups = [{"params": factors(hand, "A")}, {"params": factors(hand, "B"), "lr": 4e-2, "weight_decay": 0.0}]
+    hand_loop(hand, torch.optim.AdamW(groups, 1e-2, weight_decay=0.5), 5)
+    assert [g["weight_decay"] for g in fit.optimizers[0].param_groups] == [0.5, 0.0]
+    assert all(torch.equal(a, b) for a, b in zip(trained(net), trained(hand), strict=True))
+
+
+def test_a_group_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    for options, message in [
+        ((("momentun", 0.5),), "AdamW has no option 'momentun'"),
+        ((("lr", 0.1), ("lr_scale", 2.0)), "'lr' or 'lr_scale', got both"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, Net(smooth), methods.Grouped(options=options))
+
+
+SCHED = torch.optim.lr_scheduler
+SCHEDULES: dict[str, Any] = {
+    "onecycle": lambda o: SCHED.OneCycleLR(o, 1e-2, total_steps=6),
+    "warmup": lambda o: SCHED.LambdaLR(o, lambda step: min(step / 3, 1.0)),
+    "linear": lambda o: SCHED.LinearLR(o, 0.1, total_iters=3),
+    "cosine": lambda o: SCHED.CosineAnnealingLR(o, 6),
+    "restarts": lambda o: SCHED.CosineAnnealingWarmRestarts(o, 3),
+    "exponential": lambda o: SCHED.ExponentialLR(o, 0.7),
+    "cyclic": lambda o: SCHED.CyclicLR(o, 1e-3, 1e-2, 2, 2),
+    "sequential": lambda o: SCHED.SequentialLR(o, [SCHED.LinearLR(o, 0.1, total_iters=2), SCHED.StepLR(o, 1)], [2]),
+    "chained": lambda o: SCHED.ChainedScheduler([SCHED.LinearLR(o, 0.1, total_iters=2), SCHED.ExponentialLR(o, 0.7)]),
+    "plateau": lambda o: SCHED.ReduceLROnPlateau(o, factor=0.5, patience=0, min_lr=1e-3),
+}
+
+
+class Rates(L.Callback):
+    """Learning rates of every group at each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+        self.seen.append([float(g["lr"]) for g in optimizer.param_groups])
+
+
+def scheduled(kind: str, groups: Any, lr: float = 1e-2) -> Any:
+    optimizer = torch.optim.SGD(groups, lr, momentum=0.9)
+    scheduler = SCHEDULES[kind](optimizer)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "monitor": "one"}}
+
+
+class Monitored(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("one", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedules_move_a_group_as_they_move_the_one_it_came_from(kind: str, tmp_path: Path) -> None:
+    def rates(method: Method, lr: float = 1e-2, ckpt: Path | None = None) -> list[list[float]]:
+        seen = Rates()
+        every = ModelCheckpoint(tmp_path / method.name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        net = Monitored(smooth, optimizer=lambda n: scheduled(kind, n.parameters(), lr))
+        run(tmp_path, net, method, seen, every, max_steps=6, ckpt_path=ckpt)
+        return seen.seen
+
+    plain = rates(methods.Plain(name="plain"))
+    scaled = rates(methods.Grouped(name="scaled", options=(("lr_scale", 4.0),)))
+    fixed = rates(methods.Grouped(name="fixed", options=(("lr", 4e-2),)))
+    assert len({rate for (rate,) in plain}) > 2
+    for (alone,), (old, new), also in zip(plain, scaled, fixed, strict=True):
+        assert old == pytest.approx(alone) and new == pytest.approx(4 * alone)
+        assert also == pytest.approx([old, new]) or kind == "cyclic"  # there a group starts from the schedule's lowest
+    if kind == "plateau":
+        return  # Lightning saves before it steps this one, so its own resume misses a step
+    ckpt = tmp_path / "scaled" / "step=2.ckpt"
+    assert rates(methods.Grouped(name="scaled", options=(("lr_scale", 4.0),)), ckpt=ckpt) == scaled[2:]
+
+
+GROUPING = {"groups": methods.Grouped, "wrapped": methods.Wrapped}
+
+
+@pytest.mark.parametrize("kind", GROUPING)
+def test_groups_and_wrapped_optimizers_resume_bitwise(kind: str, tmp_path: Path) -> None:
+    def fit(root: Path, ckpt: Path | None = None) -> tuple[Net, L.Trainer]:
+        every = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        net = Net(optimizer=lambda n: scheduled("onecycle", n.parameters()))
+        return net, run(root, net, GROUPING[kind](), every, max_steps=6, data=vectors(), ckpt_path=ckpt)
+
+    whole, last = fit(tmp_path / "whole")
+    for step in (1, 4):
+        resumed, again = fit(tmp_path / f"resumed{step}", tmp_path / "whole" / f"step={step}.ckpt")
+        assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(resumed), strict=True))
+        states = zip(last.optimizers[0].state.values(), again.optimizers[0].state.values(), strict=True)
+        for mine, other in states:
+            assert mine.keys() == other.keys() and len(mine) >= 1
+            assert all(torch.equal(mine[k], other[k]) for k in mine)
+
+
+def test_a_wrapped_optimizer_is_the_one_that_steps(tmp_path: Path) -> None:
+    net = Net(smooth, optimizer=sgd)
+    fit = run(tmp_path, net, methods.Wrapped())
+    assert isinstance(fit.optimizers[0], methods.Averaging)
+    hand, last = injected(), {}
+    optimizer = torch.optim.SGD(hand.parameters(), 0.1)
+    before = dict(enumerate(trained(hand)))
+
+    @torch.no_grad()
+    def average(step: int) -> None:
+        for i, p in enumerate(p for p in hand.parameters() if p.requires_grad):
+            p.copy_((p + last.get(i, before[i])) / 2)
+            last[i] = p.clone()
+
+    hand_loop(hand, optimizer, 5, average)
+    torch.testing.assert_close(trained(net), trained(hand), rtol=0, atol=1e-7)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lightning_peft as lp
-from lightning_peft import io
+from lightning_peft import config, io
 from lightning_peft.inject import find_record
 from lightning_peft.resize import resize
 from tests.nets import Net, bert, llama, mlp, trainer, vectors
@@ -281,8 +281,8 @@ def test_fields_that_are_methods_survive_the_config() -> None:
     class Outer(LoRA):
         parts: tuple[lp.Method, ...] = ()
 
-    config = json.loads(json.dumps(io.config_of(Outer(parts=(LoRA(r=2), LoRA(name="b", targets=("x", "y")))))))
-    assert tuple(io.method_from(c) for c in config["args"]["parts"]) == (
+    data = json.loads(json.dumps(config.config_of(Outer(parts=(LoRA(r=2), LoRA(name="b", targets=("x", "y")))))))
+    assert tuple(config.method_from(c) for c in data["args"]["parts"]) == (
         LoRA(r=2),
         LoRA(name="b", targets=("x", "y")),
     )

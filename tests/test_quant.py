@@ -112,6 +112,14 @@ def test_dequantize_is_the_layers_own_map(kind: str, double_quant: bool) -> None
     assert torch.equal(hosts.read(host), W)
 
 
+def test_a_weight_that_the_cpu_misreads_is_refused() -> None:
+    host = layer_of(normal(24, 96), "nf4")
+    with pytest.raises(ValueError, match="in_features=96 is no multiple of blocksize=64"):
+        quant.dequantize(host)
+    with pytest.raises(ValueError, match="in_features=96"):
+        quant.merge_loss(host, normal(24, 96))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_dtype_before_quantising_is_kept(dtype: torch.dtype) -> None:
     host = layer_of(normal().to(dtype), "nf4")

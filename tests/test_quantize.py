@@ -150,8 +150,9 @@ def test_task_heads_stay_and_train() -> None:
     assert type(model.score) is nn.Linear and model.score.weight.requires_grad
     own = nn.ModuleDict({"backbone": llama().model, "classifier": nn.Linear(64, 64)})
     assert "classifier" not in quantize(own)
-    plain = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(64, 64) for _ in range(2)), "head": nn.Linear(64, 3)})
-    assert quantize(plain) == ["layers.0", "layers.1"]
+    block = nn.ModuleDict({"attn": nn.Linear(64, 64), "out": nn.Linear(64, 64)})
+    plain = nn.ModuleDict({"layers": nn.ModuleList([block, copy.deepcopy(block)]), "out": nn.Linear(64, 3)})
+    assert quantize(plain) == ["layers.0.attn", "layers.0.out", "layers.1.attn", "layers.1.out"]  # a name is no pattern
 
 
 def test_layers_kept_in_float32_by_transformers_stay() -> None:
@@ -225,6 +226,11 @@ def quantised() -> nn.Module:
         (quantised, {"kind": "int8"}, "quantised already: 14 layers"),
         (lambda: nn.Sequential(nn.Linear(96, 64)), {}, r"in_features=96, no multiple of blocksize=64"),
         (lambda: nn.Sequential(nn.Linear(64, 64)), {"blocksize": 128}, "in_features=64, no multiple of blocksize=128"),
+        (
+            lambda: nn.Sequential(nn.Linear(64, 64).double()),
+            {},
+            "'0' is torch.float64: cast it to one of torch.bfloat16",
+        ),
         (lambda: nn.Sequential(nn.Linear(64, 64, device="meta")), {}, "meta device"),
         (lambda: nn.Sequential(Own(64, 64)), {}, "'0' has a forward of its own"),
         (hooked, {}, "'0' has forward hooks"),

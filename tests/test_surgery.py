@@ -232,13 +232,15 @@ def test_parameters_removed_from_bert() -> None:
 def test_parameters_removed_from_llama_and_its_adapters() -> None:
     model = adapt(made(llama))
     before = count(model)
+    held: Any = model.get_submodule("model.layers.1.self_attn")
+    held.num_heads, held.num_key_value_heads = 4, 2  # as other models of the family count them
     surgery.cut(model, {"model.layers.1.self_attn": torch.tensor([1])}, {"model.layers.0.mlp": range(8)})
     base = WIDTH * 8 * (2 + 1 + 1 + 2) + 3 * WIDTH * 40  # q, k, v, o of one group; gate, up, down of 40 channels
     lora = 3 * (16 + 8 + 8 + 16) + 3 * 3 * 40
     assert before - count(model) == base + lora
-    held: Any = model.get_submodule("model.layers.1.self_attn")
+    assert (held.num_heads, held.num_key_value_heads, held.num_key_value_groups) == (2, 1, 2)
     assert [held.get_submodule(f"{x}_proj").out_features for x in "qkv"] == [16, 8, 8]
-    assert held.num_key_value_groups == 2 and model.get_submodule("model.layers.0.mlp").intermediate_size == 8
+    assert model.get_submodule("model.layers.0.mlp").intermediate_size == 8
 
 
 def test_counters_of_gpt2_and_opt() -> None:
@@ -498,7 +500,7 @@ def test_parameters_with_a_size_for_each_head_are_refused() -> None:
     reference = logits(masked(qwen, heads, channels))
     surgery.cut(qwen, heads, channels)
     assert (logits(qwen) - reference).abs().max() < 1e-10
-    model: Any = made(llama)
+    model: Any = made(llama, head_dim=4)  # as many as there are heads
     model.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(HEADS))
     refused(model, r"its parameter 'sinks' \(4,\)", {ATTN: [0]})
     model = made(bert)

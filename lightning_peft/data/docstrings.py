@@ -5,10 +5,12 @@ differs a little from one Python version to the next; on one installation it is 
 """
 
 import ast
+import gc
 import re
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -87,7 +89,9 @@ def corpus(library: Path | None = None) -> dict[str, list[Sentence]]:
     default this Python's. A topic with fewer than three modules here (tkinter may be missing) is left out, with a
     warning. ValueError if the folder holds no source files."""
     library = library or Path(sysconfig.get_paths()["stdlib"])
-    sentences = _topical(_distinct([s for topic in TOPICS for s in _sentences(library, topic)]))
+    with _no_collection():
+        sentences = [s for topic in TOPICS for s in _sentences(library, topic)]
+    sentences = _topical(_distinct(sentences))
     if not sentences:
         raise ValueError(f"no docstrings in {library}: this Python comes without its library's source (*.py) files")
     splits: dict[str, list[Sentence]] = {name: [] for name in SHARES}
@@ -101,6 +105,18 @@ def corpus(library: Path | None = None) -> dict[str, list[Sentence]]:
         for name, part in _split(modules).items():
             splits[name] += part
     return {name: sorted(part, key=lambda s: _order(s.text)) for name, part in splits.items()}
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Syntax trees are many objects without cycles: with torch loaded, the collector takes longer than the parser."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _sentences(library: Path, topic: str) -> Iterator[Sentence]:
@@ -151,14 +167,15 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _distinct(sentences: list[Sentence]) -> list[Sentence]:
-    """Each sentence once, case and punctuation aside; one that stands under two topics says nothing of either."""
-    first: dict[tuple[str, ...], Sentence] = {}
+    """Each sentence once, by its letters alone ("file name" is "filename"); one that stands under two topics says
+    nothing of either."""
+    first: dict[str, Sentence] = {}
     topics = defaultdict(set)
     for sentence in sentences:
-        words = _words(sentence.text)
-        first.setdefault(words, sentence)
-        topics[words].add(sentence.topic)
-    return [sentence for words, sentence in first.items() if len(topics[words]) == 1]
+        letters = "".join(_words(sentence.text))
+        first.setdefault(letters, sentence)
+        topics[letters].add(sentence.topic)
+    return [sentence for letters, sentence in first.items() if len(topics[letters]) == 1]
 
 
 def _topical(sentences: list[Sentence]) -> list[Sentence]:

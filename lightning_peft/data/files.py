@@ -105,8 +105,9 @@ class Table:
                     f"{nearest(name, rows.column_names)}{hint}"
                 )
             for place, value in enumerate(rows[name], start=1):
-                if value is None:
-                    raise ValueError(f"{self.where(split)}: row {place} of {split!r} has nothing in column {name!r}")
+                if value is None or isinstance(value, dict | list):
+                    what = "nothing" if value is None else f"{value!r:.60}, not a text or a number,"
+                    raise ValueError(f"{self.where(split)}: row {place} of {split!r} has {what} in column {name!r}")
         return rows
 
 

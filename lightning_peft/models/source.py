@@ -78,7 +78,8 @@ def _on_hub(name: str) -> str:
             cached = try_to_load_from_cache(name, file) if name.count("/") < 2 else None
             if isinstance(cached, str):
                 return str(Path(cached).parent)
-        raise ValueError(f"{error}, nor does its cache hold it: give a local folder, or {MINILM!r}") from error
+        near = nearest(name, _names_beside(Path(name)))
+        raise ValueError(f"{error}, nor does its cache hold it: give a local folder, or {MINILM!r}{near}") from error
     return name
 
 

@@ -15,6 +15,7 @@ from lightning_peft import optim, registry
 from lightning_peft.attach import modules
 from lightning_peft.inject import find_record, inject, pattern_selects, penalty
 from lightning_peft.method import Method, Step
+from lightning_peft.testing.compare import base_parameters, floats
 
 Batch = dict[str, Any] | tuple[Any, ...]
 Build = Callable[[], nn.Module]
@@ -117,11 +118,13 @@ class Case:
         return {f"output {i}": t.clone() for i, t in enumerate(seen)}
 
     def loss(self, model: nn.Module, batch: Batch | None = None) -> Tensor:
+        return self.loss_of(self.call(model, batch))
+
+    def loss_of(self, output: Any) -> Tensor:
         """``output.loss``, or the mean squared distance of the first floating output from a fixed pattern.
 
         From a pattern, since the plain mean of squares behind a last LayerNorm has no gradient.
         """
-        output = self.call(model, batch)
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if loss is not None:
             return loss

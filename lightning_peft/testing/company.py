@@ -13,11 +13,12 @@ from lightning_peft.adapter import Adapter, Base, WeightAdapter
 from lightning_peft.attach import adapters, attach
 from lightning_peft.merge import merge
 from lightning_peft.method import Method, Traits
-from lightning_peft.testing.case import (
-    Case,
+from lightning_peft.testing.case import Case
+from lightning_peft.testing.compare import (
     Failed,
     Skipped,
     differing,
+    floats,
     gradients,
     require,
     require_close,
@@ -57,9 +58,9 @@ def check_compile(case: Case) -> None:
     A base that does not compile alone is no fault of the method: skipped, with the reason.
     """
     model = case.trained().eval()
-    expected = case.outputs(model) | _after_backward(case, model, model)
+    expected = _through(case, model, model)
     try:
-        got = case.outputs(_compiled(model)) | _after_backward(case, model, _compiled(model))
+        got = _through(case, model, _compiled(model))
     except Exception as error:  # a graph break has no error class of its own
         _base_compiles(case)
         raise Failed(
@@ -73,10 +74,12 @@ def _compiled(model: nn.Module) -> Any:
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
-def _after_backward(case: Case, model: nn.Module, runs: Any) -> dict[str, Tensor]:
+def _through(case: Case, model: nn.Module, runs: Any) -> dict[str, Tensor]:
+    """Outputs and gradients of one call."""
     model.zero_grad()
-    case.loss(runs).backward()
-    return snapshot(gradients(model))
+    output = case.call(runs)
+    case.loss_of(output).backward()
+    return snapshot({str(i): t for i, t in enumerate(floats(output))} | gradients(model))
 
 
 def _base_compiles(case: Case) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves  # private: flattens what models return
 
-from lightning_peft import io
 from lightning_peft.attach import adapters, modules
+from lightning_peft.config import trained_names
 
 
 class Failed(AssertionError):
@@ -63,7 +63,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A copy of what a file must hold: adapters' state and trained base parameters."""
-    keep = io.trained_names(model)
+    keep = trained_names(model)
     return snapshot({k: v for k, v in model.state_dict().items() if k in keep})
 
 
@@ -90,7 +90,7 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Largest difference, relative to the larger of 1 and the largest value; infinite where names or shapes differ."""
     if [(n, t.shape) for n, t in a.items()] != [(n, t.shape) for n, t in b.items()]:
         return float("inf")
-    pairs = [(x.float(), b[n].float()) for n, x in a.items() if x.numel()]
+    pairs = [(x.detach().float(), b[n].detach().float()) for n, x in a.items() if x.numel()]
     worst = torch.tensor([0.0, *(float((x - y).abs().max()) for x, y in pairs)]).max()  # unlike Python's, keeps NaN
     return float(worst) / max([1.0, *(float(x.abs().max()) for x, _ in pairs)])
 

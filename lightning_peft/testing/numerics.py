@@ -9,8 +9,8 @@ from lightning_peft import hosts, surgery
 from lightning_peft.adapter import Base, WeightAdapter
 from lightning_peft.attach import adapters, attached
 from lightning_peft.merge import merge
-from lightning_peft.testing.case import (
-    Case,
+from lightning_peft.testing.case import Case, train_mode
+from lightning_peft.testing.compare import (
     Failed,
     Skipped,
     adapter_tensors,
@@ -23,7 +23,6 @@ from lightning_peft.testing.case import (
     require_finite,
     require_same,
     snapshot,
-    train_mode,
     trained_tensors,
 )
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_peft import io, surgery
 from lightning_peft.attach import adapters
+from lightning_peft.config import describe
 from lightning_peft.inject import find_record, inject, remove
 from lightning_peft.testing import fits
 from lightning_peft.testing.case import Case
@@ -45,7 +46,7 @@ def check_save_load(case: Case) -> None:
 def check_wrong_base(case: Case) -> None:
     """A base with other weights is refused and left as it was."""
     model = case.trained()
-    known = [n for n, digest in io.describe(model)["base"].items() if digest is not None]
+    known = [n for n, digest in describe(model)["base"].items() if digest is not None]
     if not known:
         raise Skipped("no base parameter is frozen, or all are quantised: there is nothing to know the base by")
     wrong = case.base()

@@ -17,7 +17,6 @@ from lightning_peft import Base, Method, Traits, WeightAdapter, attach, find, hf
 
 HF_FIELDS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern", "init_lora_weights",
              "fan_in_fan_out", "eva_config")  # fmt: skip
-HF_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base as it is and train both factors
 
 
 class LoRALinear(WeightAdapter):
@@ -197,46 +196,23 @@ class LoRA(Method):
 
     def to_hf(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         held = {name: (host, a) for name, host, a in self.adapters(model) if isinstance(a, LoRALinear)}
-        ranks = {name: len(a.A) for name, (_, a) in held.items()}
-        alphas = {n: hf.number(a.scale * self._norm(ranks[n])) for n, (_, a) in held.items()}
-        tensors = {f"{hf.PREFIX}{n}.{k}": t for n, (host, a) in held.items() for k, t in a.to_hf(host).items()}
-        return {
-            "r": self.r,
-            "lora_alpha": hf.number(self.alpha),
+        ranks = {name: (len(a.A), a.scale * self._norm(len(a.A))) for name, (_, a) in held.items()}
+        fields = hf.write_ranks(model, ranks, self.r, self.alpha) | {
             "use_rslora": self.rslora,
             "lora_dropout": self.dropout,
             "init_lora_weights": True if self.init == "default" else self.init,
             "fan_in_fan_out": any(hosts.is_conv1d(host) for host, _ in held.values()),
             "bias": "none",
-            "target_modules": hf.target_modules(model, held),
-            "rank_pattern": hf.patterns(ranks, self.r),
-            "alpha_pattern": hf.patterns(alphas, hf.number(self.alpha)),
-        }, tensors
+        }
+        return fields, {f"{hf.PREFIX}{n}.{k}": t for n, (host, a) in held.items() for k, t in a.to_hf(host).items()}
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], tensors: dict[str, dict[str, Tensor]], model: nn.Module) -> "LoRA":
         hf.check_fields(config, HF_FIELDS, "lora")
-        init, r, alpha = config.get("init_lora_weights", True), config.get("r", 8), config.get("lora_alpha", 8)
-        if init not in HF_STARTS:
-            raise ValueError(
-                f"adapter_config.json has init_lora_weights={init!r}, a start that rewrites or freezes weights, which the "
-                "file does not tell; in peft, save_pretrained with path_initial_model_for_weight_conversion makes a plain "
-                "LoRA of it"
-            )
-        first = {n: t.get("lora_A.weight", t.get("lora_embedding_A")) for n, t in tensors.items()}
-        ranks = {n: len(a) for n, a in first.items() if a is not None}
-        for name, rank in ranks.items():
-            if (said := hf.lookup(config.get("rank_pattern"), name, r)) != rank:
-                raise ValueError(f"adapter_config.json gives {name!r} the rank {said}, its tensors have {rank}")
-        wide = {n for n in ranks if r > min(hosts.shape(model.get_submodule(n)))}
-        alphas = {n: float(hf.lookup(config.get("alpha_pattern"), n, alpha)) for n in ranks}
+        first = {name: t.get("lora_A.weight", t.get("lora_embedding_A")) for name, t in tensors.items()}
         return cls(
-            r=r,
-            alpha=float(alpha),
+            init="gaussian" if hf.check_start(config) else "default",
             rslora=config.get("use_rslora", False),
             dropout=config.get("lora_dropout", 0.0),
-            init="gaussian" if init == "gaussian" else "default",
-            targets=hf.targets(model, ranks),
-            rank_pattern=hf.patterns(ranks, r, ours=True, also=wide),
-            alpha_pattern=hf.patterns(alphas, float(alpha), ours=True),
+            **hf.read_ranks(model, config, {name: len(A) for name, A in first.items() if A is not None}),
         )

@@ -1,0 +1,103 @@
+"""The table of methods under test: one row a method, or a variant of one. test_conformance.py runs every check on it.
+
+A row names a method with small hyper-parameters, a tiny random base and a batch of four examples.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from lightning_peft.testing import Row
+from lightning_peft_plugins.reparameterized.lora import LoRA
+from tests import nets
+
+B, T, V = 4, 8, 64  # examples, tokens, vocabulary
+
+
+def bert() -> nn.Module:
+    return nets.bert().eval()
+
+
+def llama() -> nn.Module:
+    return nets.llama(use_cache=False).eval()
+
+
+def gpt2() -> nn.Module:
+    config = GPT2Config(vocab_size=V, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
+    config.use_cache = False
+    return GPT2LMHeadModel(config).eval()
+
+
+def t5() -> nn.Module:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+    config = T5Config(vocab_size=V, decoder_start_token_id=0, use_cache=False, tie_word_embeddings=False, **sizes)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def vit() -> nn.Module:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = ViTConfig(image_size=16, patch_size=8, num_channels=1, intermediate_size=48, num_labels=3, **sizes)
+    return ViTForImageClassification(config).eval()
+
+
+def cnn() -> nn.Module:
+    """Convolutions of every kind that an adapter may sit on: plain, grouped with stride, padded by reflection."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.GELU(),
+        nn.Conv2d(8, 8, 3, groups=2, stride=2, padding=1),
+        nn.GELU(),
+        nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 3),
+    )
+
+
+def _ids() -> Tensor:
+    return torch.randint(3, V, (B, T), generator=torch.Generator().manual_seed(5))
+
+
+def sentences() -> dict[str, Tensor]:
+    """Of unlike lengths, with a class each."""
+    mask = (torch.arange(T) < torch.tensor([T, T - 1, T - 3, T])[:, None]).long()
+    return {"input_ids": _ids(), "attention_mask": mask, "labels": torch.tensor([0, 1, 2, 1])}
+
+
+def text() -> dict[str, Tensor]:
+    """Full sequences, so that every example weighs the same in the loss."""
+    ids = _ids()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def images() -> dict[str, Tensor]:
+    return {"pixel_values": _pixels(16), "labels": torch.tensor([0, 1, 2, 1])}
+
+
+def small_images() -> tuple[Tensor]:
+    return (_pixels(8),)
+
+
+def _pixels(side: int) -> Tensor:
+    return torch.randn(B, 1, side, side, generator=torch.Generator().manual_seed(6))
+
+
+ROWS = [
+    Row("lora", lambda: LoRA(r=2), llama, text),
+    Row("lora-bert-head", lambda: LoRA(r=2), bert, sentences, train=("classifier",)),
+    Row("lora-rslora-dropout", lambda: LoRA(r=4, rslora=True, dropout=0.1, targets=("attention",)), bert, sentences),
+    Row("lora-plus-gpt2", lambda: LoRA(r=2, init="gaussian", lora_plus_ratio=16.0), gpt2, text),
+    Row("lora-embedding", lambda: LoRA(r=2, targets=("embed_tokens", "q_proj")), llama, text),
+    Row("lora-t5", lambda: LoRA(r=2, targets=("q", "v"), alpha_pattern={"*.v": 4.0}), t5, text),
+    Row("lora-vit", lambda: LoRA(r=2, layers="1:"), vit, images),
+    Row("lora-conv", lambda: LoRA(r=2, targets=("0", "3", "5", "7")), cnn, small_images),
+]
