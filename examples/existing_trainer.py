@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import PEFT
-from lightning_peft_plugins.reparameterized.lora import LoRA
+from lightning_peft.methods import LoRA
 
 
 class Classifier(L.LightningModule):

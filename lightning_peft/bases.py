@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
 from lightning_peft import io, runs
-from lightning_peft.find import nearest
 from lightning_peft.inject import RECORD, find_record
 from lightning_peft.merge import Call, captured
 from lightning_peft.models.source import resolve
@@ -55,7 +54,7 @@ def rebuild(source: Path, model: str | None = None, config: Path | None = None) 
     if config is None and model is None and (run := runs.of_checkpoint(source)):
         config = run.folder / runs.CONFIG
     if config is not None:
-        root, scope, base = *from_config(config, about), str(config)
+        root, scope, base = *from_config(config, about), runs.short(config)
     else:
         root, base = from_transformers(model, about, source)
         scope = about.get("scope", "")
@@ -71,8 +70,7 @@ def _about(source: Path) -> dict[str, Any]:
     if source.is_dir():
         return io.read_folder(source)[0]
     if not source.is_file():
-        beside = [str(p) for p in source.parent.iterdir()] if source.parent.is_dir() else []
-        raise FileNotFoundError(f"no adapter folder or checkpoint at {source}; nearest: {nearest(str(source), beside)}")
+        raise FileNotFoundError(f"no adapter folder or checkpoint at {source}{runs.nearest_file(source)}")
     checkpoint = io.read_checkpoint(source)
     return checkpoint[io.KEY] | {"hyper_parameters": checkpoint.get("hyper_parameters", {})}
 
@@ -86,14 +84,16 @@ def from_config(file: Path, about: dict[str, Any]) -> tuple[LightningModule, str
         raise ValueError(f"{file} has no section `model:` with a class_path, so it does not say what the base is")
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
-    options = parser.parse_object({"model": given["model"]})
+    options: Any = parser.parse_object({"model": given["model"]})
     known = dict(about.get("hyper_parameters", {}))
     if labels := (about.get("pretrained") or {}).get("labels"):
         known.setdefault("label_names", labels)
     for name, value in options.model.init_args.items():
         if value is None and name in known:
             options.model.init_args[name] = known[name]
-    module = parser.instantiate_classes(options).model
+    if (seed := given.get("seed_everything", False)) is not False:
+        seed_everything(seed, verbose=False)  # as the run did, for a base that starts from random weights
+    module = parser.instantiate_classes(options)["model"]
     module.configure_model()
     if given.get("quantize"):
         quantize(module, given["quantize"])

@@ -34,7 +34,7 @@ def run(
     module logs are untouched by it.
 
     Args:
-        trainer: before its strategy is set up.
+        trainer: before its strategy is set up, its training loaders made.
         pl_module: whose training step gives the loss.
         model: to calibrate on, without adapters; methods get it frozen, as in ``inject``.
         methods: those that do not override ``calibrate`` are passed over.
@@ -52,7 +52,6 @@ def run(
         )
     trainer.precision_plugin.convert_module(pl_module)
     pl_module.to(trainer.strategy.root_device)
-    trainer.fit_loop.setup_data()
     stats: dict[str, Any] = {}
     for method in chosen:
         with _frozen(model, train), _untouched(trainer, pl_module), torch.enable_grad():

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft import calibration, ckpt, io, optim, report, resume, strategies
+from lightning_peft import calibration, ckpt, io, optim, report, resume, sharded, strategies
 from lightning_peft.attach import adapters, modules
 from lightning_peft.find import nearest
 from lightning_peft.inject import Record, find_record, inject, pattern_selects, remove
@@ -82,6 +82,7 @@ class PEFT(Callback):
         self._patches.claim(pl_module)
         self.run = trainer.strategy.broadcast(self.run)
         self.sentinel.check_trainer(trainer, pl_module)
+        sharded.check(trainer, pl_module, self.methods)
         self.tape, self._resumed, self._before_injection = resume.Tape(trainer), {}, None
         self._remerge = self._merged is not None and stage != "fit"
         if self._merged is not None:
@@ -94,6 +95,7 @@ class PEFT(Callback):
         put(pl_module, "_strict_loading", lambda old: False)  # private: the property behind it cannot be taken back
         put(pl_module, "configure_model", functools.partial(_then, lambda: self._inject(pl_module, final=True)))
         put(pl_module, "on_load_checkpoint", functools.partial(_then, lambda c: self._load(trainer, pl_module, c)))
+        sharded.patch(trainer, pl_module, self._patches)
         put(trainer.strategy, "process_dataloader", lambda old: lambda loader: self.tape.wrap(old(loader)))
         if stage == "fit":
             put(pl_module, "training_step", functools.partial(self._with_penalty, pl_module))
@@ -121,6 +123,7 @@ class PEFT(Callback):
             self._seen = now
             self._reset_materialised(target)
             return
+        sharded.check_whole(target)
         if held:
             remove(target)
         self._before_injection = resume.rng_state()
@@ -162,6 +165,7 @@ class PEFT(Callback):
         """Fresh fits only: take the adapters off, let methods look at data, inject again with what they found."""
         if trainer.ckpt_path is not None or self._before_injection is None:
             return  # what was trained before, in a file or in the model, goes on
+        trainer.fit_loop.setup_data()
         target, train, starts = self.target(pl_module), self._train_names(pl_module), dict(self.tape.starts)
         remove(target)
         stats = calibration.run(trainer, pl_module, target, self.methods, train, self.calibration_batches)
@@ -184,15 +188,16 @@ class PEFT(Callback):
                 wrapped = [method.wrap_optimizer(o, target) for o in wrapped]
             trainer.strategy.optimizers = wrapped
         self.sentinel.check_model(trainer, pl_module, target)
+        sharded.check_covered(trainer, pl_module)
         self._folder = self._output_folder(trainer)
-        if self._folder is not None and trainer.is_global_zero:
-            io.check_folder(self._folder, self.run, self.overwrite)
         if trainer.is_global_zero:
             report.show(target)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed:
-            resume.set_gradients(self.target(pl_module), self._resumed["gradients"])
+        if self._folder is not None and trainer.is_global_zero:  # a sharded fit knows only now which run it goes on with
+            io.check_folder(self._folder, self.run, self.overwrite)
+        if self.tape.pending:
+            resume.set_gradients(pl_module, self.tape.pending["gradients"])
         self._planned = optim.planned_steps(trainer) if self.total_steps is None else self.total_steps
         self._stepped = self._before = trainer.global_step
         self._before -= 1
@@ -265,7 +270,7 @@ class PEFT(Callback):
                 return None
             loss = output["loss"] if isinstance(output, dict) else output
             for method in self._overriding("penalty"):
-                term = method.penalty(self.target(pl_module))
+                term = sharded.penalty(method, self.target(pl_module))
                 if term is not None:
                     pl_module.log(f"{method.name}/penalty", term.detach())
                     loss = loss + term
@@ -281,8 +286,14 @@ class PEFT(Callback):
         assert held is not None
         self._resumed = ckpt.check(checkpoint, target, held[1], self.scope)
         self.run = self._resumed["run"]
-        if trainer.state.fn == "fit" and "state" in self._resumed:
-            self.tape.pending = self._resumed["state"][trainer.global_rank]
+        states = self._resumed.get("state", ()) if trainer.state.fn == "fit" else ()
+        if len(states) == trainer.world_size:
+            self.tape.pending = states[trainer.global_rank]
+        elif states:
+            rank_zero_warn(
+                f"the checkpoint is of {len(states)} processes and this fit has {trainer.world_size}: its random states, "
+                "place in the data and open accumulation window do not fit, so the epoch goes on with other batches"
+            )
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -293,8 +304,10 @@ class PEFT(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self.target(pl_module)
+        tensors = sharded.gather(target)
         if self._folder is not None and trainer.is_global_zero:
-            self.written["adapter"] = io.save(target, self._folder, overwrite=self.overwrite, run=self.run)
+            whole = {"overwrite": self.overwrite, "run": self.run, "tensors": tensors}
+            self.written["adapter"] = io.save(target, self._folder, **whole)
         if self.merge_at_end:
             self._merged, proof = prove(target, self._calls, self.merge_tolerance)
             rank_zero_info(f"merged {proof.hosts} layers; outputs differ by at most {proof.largest:.3g}")

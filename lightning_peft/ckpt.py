@@ -1,6 +1,7 @@
 """The Lightning checkpoint: what goes in beside what Lightning puts there, and what must hold before it is used."""
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,18 +40,20 @@ def fill(
         run: identity of the run.
         tape: of the training loaders, None outside a fit.
     """
-    model, prefix = pl_module.get_submodule(scope), f"{scope}." if scope else ""
-    keep = trained_names(model) | {n for n, _ in model.named_buffers()}
-    checkpoint["state_dict"] = {
-        k: v
-        for k, v in checkpoint["state_dict"].items()
-        if not k.startswith(prefix) or k.removeprefix(prefix) in keep or k.endswith("_extra_state")
-    }
-    checkpoint[KEY] = describe(model, run) | {"scope": scope}
+    kept = keeps(pl_module, scope)
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if kept(k)}
+    checkpoint[KEY] = describe(pl_module.get_submodule(scope), run) | {"scope": scope}
     if tape and ("optimizer_states" in checkpoint or not trainer.strategy.lightning_restore_optimizer):
         open_window = trainer.fit_loop.epoch_loop._should_accumulate()  # private: no public way to ask
-        grads = resume.open_gradients(model) if open_window else {}
-        checkpoint[KEY] |= {"state": _of_all_ranks(tape.state()), "gradients": grads}
+        grads = resume.open_gradients(pl_module) if open_window else {}  # not yet summed over ranks
+        checkpoint[KEY] |= {"state": _of_all_ranks(tape.state() | {"gradients": grads})}
+
+
+def keeps(pl_module: LightningModule, scope: str) -> Callable[[str], bool]:
+    """Whether a checkpoint keeps a key of the module's state dict: all but the frozen base below ``scope``."""
+    model, prefix = pl_module.get_submodule(scope), f"{scope}." if scope else ""
+    keep = trained_names(model) | {n for n, _ in model.named_buffers()}
+    return lambda k: not k.startswith(prefix) or k.removeprefix(prefix) in keep or k.endswith("_extra_state")
 
 
 def _of_all_ranks(state: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_peft.data
 import lightning_peft.models
@@ -33,8 +33,8 @@ class Parser(LightningArgumentParser):
     """Says what was given, where and what would work, in place of the whole union of types."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        parsers = [self, *(getattr(self, "_subcommand_parsers", None) or {}).values()]
-        options = [o for p in parsers for a in p._actions for o in a.option_strings]  # private, as all of argparse is
+        below = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]  # subcommands
+        options = [o for p in (self, *below) for a in p._actions for o in a.option_strings]
         raise cli_errors.shortened(message, ex, options) from ex
 
 
@@ -88,7 +88,7 @@ class PeftCLI(LightningCLI):
     @property
     def given(self) -> Namespace:
         """The options of the command that runs."""
-        return self.config[self.subcommand]
+        return self.config[str(self.subcommand)]
 
     # ---- before ----------------------------------------------------------------------------------------------------
 
@@ -98,18 +98,19 @@ class PeftCLI(LightningCLI):
         if command != "fit" and options.ckpt_path is None:
             options["ckpt_path"] = self._own_checkpoint(command, options)
         if options.ckpt_path is not None:
+            rank_zero_only(cli_output.note)(f"checkpoint: {runs.short(options.ckpt_path)}")
             take_hyperparameters(options, refuse_changes=command == "fit")
 
     def _own_checkpoint(self, command: str, options: Namespace) -> str | None:
         """The checkpoint that a `test` without --ckpt_path is about: the best, or else the newest, of the named run."""
-        if options.name is None or not (folder := Path(_root(options)) / options.name).is_dir():
+        folder = Path(_root(options)).absolute() / (options.name or "")
+        if options.name is None or not folder.is_dir():
             rank_zero_only(cli_output.note)(f"no --ckpt_path and no run named: {command} measures the untrained model")
             return None
         run = Run(folder)
         found = [p for p in [run.summary().get("best")] if p and Path(p).is_file()] or run.checkpoints()[-1:]
         if not found:
-            raise ValueError(f"{folder} holds no checkpoint to {command}: give --ckpt_path FILE.ckpt")
-        rank_zero_only(cli_output.note)(f"checkpoint: {found[0]}")
+            raise ValueError(f"{runs.short(folder)} holds no checkpoint to {command}: give --ckpt_path FILE.ckpt")
         return str(found[0])
 
     def before_instantiate_classes(self) -> None:
@@ -135,7 +136,8 @@ class PeftCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With PEFT before the configured callbacks, since some of them copy or count what it puts in."""
-        peft, options = self.config_init[self.subcommand].peft, self.config_init[self.subcommand].trainer
+        made = self.config_init[str(self.subcommand)]
+        peft, options = made.peft, made.trainer
         held = options.callbacks if isinstance(options.callbacks, list) else [c for c in [options.callbacks] if c]
         shown: list[Any] = [cli_output.MetricLines()]
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in held):
@@ -178,7 +180,7 @@ class PeftCLI(LightningCLI):
 
     def _say_where(self) -> None:
         if self.trainer.is_global_zero and self.run_folder is not None:
-            cli_output.note(f"written to {self.run_folder.folder}")
+            cli_output.note(f"written to {runs.short(self.run_folder.folder)}")
 
 
 def _root(options: Namespace) -> str:

@@ -83,7 +83,7 @@ def _within(key: str, path: str, told: str) -> str:
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:
-    near = get_close_matches(word, list(known), 1, cutoff=0.5)
+    near = get_close_matches(word, list(known), 1, cutoff=0.6)
     return f"; nearest: {near[0].removeprefix('--')}" if near else ""
 
 

@@ -14,6 +14,7 @@ import transformers
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
@@ -29,6 +30,9 @@ NOISE = (
     "TPU available",
     "Tip: For seamless",  # advertises other packages
     "Seed set to",  # stands in config.yaml
+    "Restoring states from the checkpoint",  # the line before names the checkpoint
+    "Restored all states from the checkpoint",
+    "Loaded model weights from the checkpoint",
     "to estimate number of stepping batches",  # a loader is made a moment earlier than it would be
 )
 LOGGERS = (
@@ -43,9 +47,10 @@ HARMLESS = (
     r".*does not have many workers",  # loading short texts is not what a step waits for
     r"Experiment logs directory .* exists and is not empty",  # runs.py made sure that it is ours, and keeps old metrics
     r"Checkpoint directory .* exists and is not empty",  # likewise, when a run goes on
+    r"The dirpath has changed from .*/(test|validate|predict)(-\d+)?/checkpoints",  # measuring saves no checkpoints
     r"LightningCLI's args parameter",  # we hand on what followed the command
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
-    r"The number of training batches \(.*\) is smaller than the logging interval",  # metrics by epoch are logged anyway
+    r"The number of training batches \(.*\) is smaller than the logging",  # metrics by epoch are logged anyway
 )
 
 
@@ -55,6 +60,7 @@ def quieten() -> None:
     transformers.logging.disable_progress_bar()
     for pattern in HARMLESS:
         warnings.filterwarnings("ignore", pattern)
+    warnings.showwarning = _show  # one line each, without the line of source that raised it
     for name in LOGGERS:
         logging.getLogger(name).addFilter(_is_news)
 
@@ -68,6 +74,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def note(text: str) -> None:
     rich.get_console().print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any) -> None:
+    warn(" ".join(str(message).split()))
 
 
 def warn(text: str) -> None:
@@ -94,7 +104,7 @@ class MetricLines(Callback):
             values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
             told = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
             rich.get_console().print(
-                f"epoch {trainer.current_epoch + 1:<3} step {trainer.global_step:<6} {told}",
+                f"epoch {trainer.current_epoch:<3} step {trainer.global_step:<6} {told}",
                 highlight=False,
                 markup=False,
             )
@@ -104,7 +114,7 @@ def before_fit(trainer: Trainer, model: LightningModule, data: LightningDataModu
     """What is about to run, on which device, and where to."""
     on = f" on {type(data).__name__}" if data is not None else ""
     device = f"{trainer.num_devices} x {trainer.strategy.root_device.type}"
-    where = f", into {run.folder}" if run else ", writing nothing (fast_dev_run)"
+    where = f", into {runs.short(run.folder)}" if run else ", writing nothing (fast_dev_run)"
     note(f"{type(model).__name__}{on}, {device}, precision {trainer.precision}{where}")
 
 
@@ -113,7 +123,9 @@ def last_checkpoint(run: Run | None) -> str:
     found = run.checkpoints() if run else []
     if not found:
         return "no checkpoint had been written yet"
-    return f"the last checkpoint is {found[-1]}; go on from it with --ckpt_path {shlex.quote(str(found[-1]))}"
+    return (
+        f"the last checkpoint is {runs.short(found[-1])}; go on with --ckpt_path {shlex.quote(runs.short(found[-1]))}"
+    )
 
 
 def after_fit(
@@ -127,7 +139,7 @@ def after_fit(
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
     summary = {"best": best, "seconds": round(seconds, 1), "metrics": metrics}
     (run.folder / runs.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
-    tokenizer = getattr(data, "tokenizer", None)
+    tokenizer: Any = getattr(data, "tokenizer", None)
     if "merged" in callback.written and hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(callback.written["merged"])  # so that the folder is a model to use as it stands
     console = rich.get_console()
@@ -135,7 +147,8 @@ def after_fit(
     for line in _written(trainer, callback, run, best):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print("\n[bold]Next[/]")
-    for what, command in _next(callback, run, best).items():
+    monitored = bool(getattr(trainer.checkpoint_callback, "monitor", None))
+    for what, command in _next(trainer, callback, run, best if monitored else "").items():
         console.print(f"  [dim]{what}[/]\n  {escape(command)}", highlight=False, soft_wrap=True)
 
 
@@ -151,15 +164,9 @@ def _written(trainer: Trainer, callback: PEFT, run: Run, best: str) -> list[str]
         rows.append(("checkpoint", Path(best), runs.size(Path(best)), told))
     if (metrics := run.folder / runs.METRICS).is_file():
         rows.append(("metrics", metrics, runs.size(metrics), "by step and epoch"))
-    paths = [_short(p) for _, p, _, _ in rows]
+    paths = [runs.short(p) for _, p, _, _ in rows]
     width = max(map(len, paths), default=0)
     return [f"  {r[0]:<11}{p:<{width}}  {r[2]:>8}  {r[3]}" for r, p in zip(rows, paths, strict=True)]
-
-
-def _short(path: str | Path) -> str:
-    """A path as one would type it here."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _proof(path: Path) -> str:
@@ -167,17 +174,22 @@ def _proof(path: Path) -> str:
     return f"outputs differ by at most {proof['largest']:.2g}"
 
 
-def _next(callback: PEFT, run: Run, best: str) -> dict[str, str]:
-    folder = shlex.quote(_short(run.folder))
-    todo = {"measure on the test split": f"lightning-peft test --config {folder}/{runs.CONFIG}"}
+def _next(trainer: Trainer, callback: PEFT, run: Run, best: str) -> dict[str, str]:
+    """What can be done with this run, as commands that work as they stand."""
+    folder, todo = shlex.quote(runs.short(run.folder)), {}
+    if is_overridden("test_step", trainer.lightning_module):
+        todo["measure on the test split"] = f"lightning-peft test --config {folder}/{runs.CONFIG}"
     if "adapter" in callback.written:
-        adapter = shlex.quote(_short(callback.written["adapter"]))
-        if "merged" not in callback.written:
+        adapter = shlex.quote(runs.short(callback.written["adapter"]))
+        if "merged" not in callback.written and all(m.traits.merge for m in callback.methods):
             todo["fold into the base"] = f"lightning-peft merge {adapter} --output {folder}/merged"
-        todo["to huggingface/peft's format"] = f"lightning-peft export {adapter} --format hf --output {folder}/hf"
+        if any(m.traits.hf for m in callback.methods) and any(
+            hasattr(m, "save_pretrained") for m in trainer.lightning_module.modules()
+        ):
+            todo["to huggingface/peft's format"] = f"lightning-peft export {adapter} --format hf --output {folder}/hf"
     if best:
-        source = shlex.quote(_short(best))
-        todo["adapter of the checkpoint"] = (
+        source = shlex.quote(runs.short(best))
+        todo["the best checkpoint's adapter"] = (
             f"lightning-peft export {source} --format lightning-peft --output {folder}/best"
         )
     return todo
@@ -196,7 +208,7 @@ def write_predictions(batches: Sequence[Any], folder: Path, rank: int) -> Path:
             columns = {k: _plain(v) for k, v in (batch if isinstance(batch, dict) else {"prediction": batch}).items()}
             for row in zip(*columns.values(), strict=True):
                 out.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
-    note(f"predictions written to {file}")
+    note(f"predictions written to {runs.short(file)}")
     return file
 
 

@@ -1,12 +1,11 @@
 """What a checkpoint says of its model, against what is configured now."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_peft import io
+from lightning_peft import io, runs
 
 NOT_FILES = ("best", "last", "hpc")  # words that Lightning itself resolves
 
@@ -26,7 +25,7 @@ def take_hyperparameters(options: Namespace, refuse_changes: bool) -> None:
     if path in NOT_FILES or path.startswith("registry") or Path(path).is_dir():  # a sharded checkpoint is a folder
         return
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}{_nearest(Path(path))}")
+        raise FileNotFoundError(f"no checkpoint at {path}{runs.nearest_file(Path(path))}")
     saved = dict(io.read_checkpoint(path).get("hyper_parameters", {}))
     if (cls := saved.pop("_class_path", None)) not in (None, options.model.class_path):
         raise ValueError(f"{path} was written by model {cls}, but the model here is {options.model.class_path}")
@@ -49,9 +48,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def _nearest(path: Path) -> str:
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, beside, 1)
-    return f"; nearest: {path.parent / near[0]}" if near else ""

@@ -32,6 +32,8 @@ class _Parser(argparse.ArgumentParser):
     """Mistakes are told as everywhere here, in one line."""
 
     def error(self, message: str) -> NoReturn:
+        if "required" in message:
+            raise cli_errors.Mistake(f"{message}, as in: {self.prog} runs/NAME/adapter --output FOLDER")
         raise cli_errors.shortened(message, None, [o for a in self._actions for o in a.option_strings])
 
 

@@ -87,7 +87,7 @@ def describe(model: nn.Module, run: str = "") -> dict[str, Any]:
 def _pretrained(model: nn.Module) -> dict[str, Any] | None:
     """Where a transformers model lies in ``model``, its class, source and labels: what making the base again takes."""
     for at, module in model.named_modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(module, "save_pretrained") and hasattr(config, "name_or_path"):
             cls = next(c for c in type(module).__mro__ if not c.__module__.startswith("lightning_peft"))
             labels = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items())]

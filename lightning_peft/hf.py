@@ -169,7 +169,7 @@ def _split(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(state of the modules trained in full, by key of ``model``; the adapters' tensors, by key of the file)."""
-    state, saved = model.state_dict(), tuple(config.get("modules_to_save") or ())
+    state, saved = model.state_dict(keep_vars=True), tuple(config.get("modules_to_save") or ())
     base: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
@@ -183,6 +183,12 @@ def _split(
         elif not torch.equal(tensor.to(state[key]), state[key]):
             # peft adds embeddings that are adapted or were resized; a load of ours writes no frozen weight
             raise ValueError(f"{source} brings other values of the frozen {key!r}: put them into the base first")
+    for key in base:
+        for twin in (k for k, v in state.items() if v is state[key] and k != key):
+            if twin not in base or not torch.equal(base[twin], base[key]):
+                raise ValueError(
+                    f"{source} trains {key!r} apart from {twin!r}, which is tied to it here: untie the base"
+                )
     return base, rest
 
 

@@ -29,16 +29,16 @@ def modules_to_save(
     Raises:
         ValueError: something else is trained, or one of them holds a host of an adapter.
     """
+    adapted = {id(p) for _, _, adapter in adapters(model) for p in adapter.parameters()}
     known = {id(p) for n, p in model.named_parameters() if n in train}
     whole: list[str] = []
     for name, module in modules(model):  # parents come first
         if name and not isinstance(module, UNCALLED) and not any(name.startswith(f"{w}.") for w in whole):
-            params = [id(p) for p in module.parameters()]
+            params = {id(p) for p in module.parameters()} - adapted
             whole += [name] if params and known.issuperset(params) else []
     held = known & {id(p) for name in whole for p in model.get_submodule(name).parameters()}
     held |= {id(v if v._base is None else v._base) for v in views.values()}
-    held |= {id(p) for _, _, adapter in adapters(model) for p in adapter.parameters()}
-    if left := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]:
+    if left := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held | adapted]:
         raise ValueError(
             f"{len(left)} trained parameters cannot be expressed in a peft folder, first {left[0]!r}: its "
             "modules_to_save holds modules that are trained as a whole; lightning_peft.save keeps them"

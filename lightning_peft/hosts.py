@@ -80,8 +80,7 @@ def run(host: Any, matrix: Tensor, x: Tensor) -> Tensor:
             _stored(host, matrix),
             host.padding_idx,
             scale_grad_by_freq=host.scale_grad_by_freq,
-            sparse=host.sparse,
-        )
+        )  # not host.sparse: a sparse gradient cannot pass the transposition
         return rows * output_scale(host)
     matrix = matrix.to(x.dtype)
     if isinstance(host, Conv):

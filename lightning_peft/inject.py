@@ -70,6 +70,9 @@ def inject(
     except Exception:
         _undo(model, before)
         raise
+    for module in model.modules():
+        if quant.kind(module):
+            quant.keep_layout(module)  # bitsandbytes repacks weights on some CPUs, and then passes no gradient back
     record = Record(tuple(methods), trained, fingerprint(model), before)
     setattr(model, RECORD, record)
     return record

@@ -4,12 +4,13 @@ A folder holds ``adapter.safetensors`` and ``adapter.json``. A Lightning checkpo
 key ``lightning_peft`` and the same tensors in its state dict.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,14 @@ from lightning_peft.method import Method
 TENSORS, CONFIG = "adapter.safetensors", "adapter.json"
 
 
-def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, run: str = "") -> Path:
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    run: str = "",
+    tensors: dict[str, Tensor] | None = None,
+) -> Path:
     """Write the adapter folder, whole or not at all.
 
     Args:
@@ -35,6 +43,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, run: 
         folder: made if missing; replaced as a whole when ``overwrite`` or when it holds the same run.
         overwrite: replace what another run wrote.
         run: identity of the run, so that its later saves may replace its earlier ones.
+        tensors: the trained tensors by state-dict key, where the model's own are only parts of them.
 
     Raises:
         ValueError: the folder holds another run's adapter, or something else.
@@ -43,11 +52,11 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, run: 
     config = describe(model, run)
     check_folder(folder, run, overwrite)
     keep = trained_names(model)
-    tensors, shared = _unshared({k: v for k, v in model.state_dict().items() if k in keep})
+    held, shared = _unshared({k: v for k, v in (tensors or model.state_dict()).items() if k in keep})
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file(tensors, part / TENSORS, metadata={"format": "pt"})
+    save_file(held, part / TENSORS, metadata={"format": "pt"})
     config |= {"shared": shared, "sha256": hashlib.sha256((part / TENSORS).read_bytes()).hexdigest()}
     (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     replace_folder(part, folder)
@@ -137,19 +146,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no checkpoint file at {path}")
-    try:
+    with complete(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as cause:
-        raise incomplete(path, cause) from cause
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise ValueError(f"{path} was not written with lightning-peft: it has no {KEY!r} entry")
     return checkpoint
 
 
-def incomplete(path: Any, cause: Exception) -> ValueError:
-    """What to raise for a checkpoint that cannot be read to its end."""
-    said = next(iter(str(cause).splitlines()), type(cause).__name__)
-    return ValueError(f"{path} is not a complete checkpoint: {said}")
+@contextlib.contextmanager
+def complete(path: Any) -> Iterator[None]:
+    """Say clearly that a checkpoint cannot be read to its end, in place of the many ways in which torch does."""
+    try:
+        yield
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as cause:
+        if "GLOBAL" in str(cause):  # whole, but of a class that torch must first be allowed to load
+            raise
+        said = next(iter(str(cause).splitlines()), type(cause).__name__)
+        raise ValueError(f"{path} is not a complete checkpoint: {said}") from cause
 
 
 def load(

@@ -68,7 +68,8 @@ def merge(model: nn.Module, *, keep: bool = True) -> Merged:
         delattr(model.get_submodule(done.record[0]), RECORD)  # what is merged is a plain model again
     for name, host in targets:
         held = attached(host)
-        matrix = hosts.read(host).float()
+        matrix = hosts.read(host)
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # a float64 base keeps its precision
         for adapter in held.values():
             assert isinstance(adapter, WeightAdapter)  # _refuse saw to it
             matrix = adapter.weight(matrix)

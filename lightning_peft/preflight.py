@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision, TransformerEnginePrecision
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 
 from lightning_peft import arch, quant, strategies
@@ -22,12 +23,11 @@ from lightning_peft.inject import find_record
 from lightning_peft.method import Method
 
 SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+REFUSED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses of those in name only
 REASONS = {"FSDPStrategy": "FSDP1 flattens frozen and trained weights into one tensor"}
 
 
-def check_trainer(
-    trainer: Trainer, pl_module: LightningModule, methods: Sequence[Method], merge_at_end: bool
-) -> list[str]:
+def check_trainer(trainer: Trainer, pl_module: nn.Module, methods: Sequence[Method], merge_at_end: bool) -> list[str]:
     """Before injection: clashes with strategies, precision plugins and callbacks.
 
     Raises:
@@ -39,7 +39,7 @@ def check_trainer(
     return [*_check_averaging(trainer, methods), *_spawned(trainer)] if fit else []
 
 
-def check_model(trainer: Trainer, pl_module: LightningModule, model: nn.Module, methods: Sequence[Method]) -> list[str]:
+def check_model(trainer: Trainer, pl_module: nn.Module, model: nn.Module, methods: Sequence[Method]) -> list[str]:
     """At the start of a fit, optimizers built: coverage, averaged copies, gradient checkpointing, frozen heads.
 
     Raises:
@@ -64,7 +64,7 @@ def overriding(methods: Sequence[Method], verb: str) -> list[str]:
 def _check_strategy(trainer: Trainer, methods: Sequence[Method], merge_at_end: bool) -> None:
     strategy = trainer.strategy
     name = type(strategy).__name__
-    if not isinstance(strategy, SUPPORTED) or isinstance(strategy, SingleDeviceXLAStrategy):
+    if not isinstance(strategy, SUPPORTED) or isinstance(strategy, REFUSED):
         raise ValueError(
             f"PEFT does not support {name} ({REASONS.get(name, 'not tested with adapters')}); use one device or "
             "strategy='ddp', and ModelParallelStrategy() (FSDP2) where the model must be sharded"

@@ -53,6 +53,12 @@ def names() -> list[str]:
     return sorted(entry_points())
 
 
+def nearest_class(name: str) -> str:
+    """Class names of installed methods like ``name``, as text for a message."""
+    near = difflib.get_close_matches(name, [ep.attr for ep in entry_points().values()], 3, cutoff=0.4)
+    return ", ".join(map(repr, near)) if near else "see `lightning-peft methods`"
+
+
 def _entry_point(name: str) -> importlib.metadata.EntryPoint:
     found = [ep for ep in importlib.metadata.entry_points(group=GROUP) if ep.name == name]
     if len({ep.value for ep in found}) > 1:

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 State = dict[str, Any]
@@ -152,10 +153,13 @@ def _replayable(cls: type[DataLoader]) -> type[DataLoader]:
 
 def open_gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     """Gradients summed so far in an accumulation window that has not stepped yet, by parameter name."""
-    return {n: p.grad.detach().clone() for n, p in module.named_parameters() if p.requires_grad and p.grad is not None}
+    trained = [(n, p.grad) for n, p in module.named_parameters() if p.requires_grad and p.grad is not None]
+    return {n: (g.to_local() if isinstance(g, DTensor) else g).detach().clone() for n, g in trained}
 
 
 def set_gradients(module: nn.Module, grads: dict[str, torch.Tensor]) -> None:
     for name, p in module.named_parameters():
         if name in grads:
-            p.grad = grads[name].to(p.device, p.dtype)
+            g = grads[name].to(p.device, p.dtype)
+            whole = {"shape": p.shape, "stride": p.stride()}  # a process keeps its part of a sharded one
+            p.grad = DTensor.from_local(g, p.device_mesh, p.placements, **whole) if isinstance(p, DTensor) else g

@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Run:
     """The folder of one run.
 
     Args:
-        folder: where it writes.
+        folder: where it writes, absolute, as checkpoints remember it.
         claimed: True if it was made for this run.
         kept: where the metrics of a run that goes on were put out of the way; CSVLogger deletes what it finds.
     """
@@ -79,7 +80,7 @@ def for_fit(root: Path, name: str | None, stem: str, resumed: str | None) -> Run
     Raises:
         ValueError: the folder holds another run's results, or cannot be written.
     """
-    own = of_checkpoint(resumed) if resumed else None
+    root, own = root.absolute(), of_checkpoint(resumed) if resumed else None
     if own is not None and name in (None, own.folder.name):
         return Run(own.folder, kept=_keep_metrics(own.folder))
     if name is None:
@@ -87,8 +88,8 @@ def for_fit(root: Path, name: str | None, stem: str, resumed: str | None) -> Run
     folder = root / name
     if folder.is_dir() and (held := results(folder)):
         raise ValueError(
-            f"{folder} holds another run's results ({', '.join(held[:4])}): choose another --name, or resume that run "
-            f"with --ckpt_path {folder / CHECKPOINTS}/FILE.ckpt"
+            f"{short(folder)} holds another run's results ({', '.join(held[:4])}): choose another --name, or resume "
+            f"that run with --ckpt_path {short(folder / CHECKPOINTS)}/FILE.ckpt"
         )
     made = not folder.exists()
     _make(folder)
@@ -97,7 +98,7 @@ def for_fit(root: Path, name: str | None, stem: str, resumed: str | None) -> Run
 
 def for_evaluation(root: Path, name: str | None, stem: str, command: str, checkpoint: str | None) -> Run:
     """The folder of a `validate`, `test` or `predict`: within that of the run it measures, beside earlier ones."""
-    own = of_checkpoint(checkpoint) if checkpoint else None
+    root, own = root.absolute(), of_checkpoint(checkpoint) if checkpoint else None
     if own is None and name and (root / name).is_dir():
         own = Run(root / name)
     return claim(own.folder, command) if own else claim(root, f"{name or stem}-{command}")
@@ -140,6 +141,19 @@ def _keep_metrics(folder: Path) -> Path | None:
     kept = folder / f"metrics-{max(taken, default=0) + 1}.csv"
     os.replace(folder / METRICS, kept)
     return kept
+
+
+def short(path: str | Path) -> str:
+    """A path as one would type it here."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def nearest_file(path: Path) -> str:
+    """The end of a message about a path that does not exist: "; nearest: runs/x/last.ckpt", or nothing."""
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, 1)
+    return f"; nearest: {path.with_name(near[0])}" if near else ""
 
 
 def size(path: Path) -> str:

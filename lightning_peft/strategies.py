@@ -1,7 +1,6 @@
 """What differs between Lightning's strategies: re-wrapping after a shape change, adapter-only state, atomic files."""
 
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        if "://" in str(path):
+        if "://" in str(path) or storage_options is not None:
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,12 +33,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         where: Callable[..., Any] = map_location or (lambda storage, loc: storage)
-        try:
+        with io.complete(path):
             return super().load_checkpoint(path, where, weights_only)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as cause:
-            if isinstance(cause, pickle.UnpicklingError) and "weights_only" in str(cause).lower():
-                raise
-            raise io.incomplete(path, cause) from cause
 
 
 def use_atomic_files(trainer: Trainer) -> None:

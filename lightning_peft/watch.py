@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 CHUNK = 1 << 20
+GOLDEN = -7046029254386353131  # 2^64 / golden ratio, as a signed integer: spreads positions over all 64 bits
 
 
 @dataclass
@@ -42,16 +43,17 @@ class Seen:
 
 
 def digest(t: Tensor) -> Tensor:
-    """A 64-bit sum over the bits of this process's part of ``t``, each with its position; () int64, no device sync.
+    """A sum over the elements' bits of this process's part of ``t``, weighted by position; () int64, no device sync.
 
-    Integers, so that it does not depend on the order of summation: equal values have equal digests on every rank.
+    Integers wrap around, so the order of summation does not matter: equal values have equal digests on every rank.
     """
     bits = _local(t.detach()).flatten()
     bits = bits.view(BITS[bits.element_size()])
-    place = torch.arange(1, min(CHUNK, len(bits)) + 1, device=bits.device)
+    weight = torch.arange(1, min(CHUNK, len(bits)) + 1, device=bits.device) * GOLDEN
+    weight ^= weight >> 32  # not linear in the position, so that changes at several positions do not cancel
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for part in bits.split(CHUNK):
-        total = total * 31 + (part * place[: len(part)]).sum()
+        total = total * 31 + (part * weight[: len(part)]).sum()
     return total
 
 
@@ -60,7 +62,7 @@ def flags(trainer: Trainer, seen: Mapping[nn.Parameter, Seen]) -> list[list[bool
     device = trainer.strategy.root_device
     rows = [torch.stack([t.to(device) != 0 for t in _marks(p, s)]) for p, s in seen.items()]
     mine = torch.stack(rows).int()  # (tensors, 3)
-    return (trainer.strategy.all_gather(mine).amax(0) if trainer.world_size > 1 else mine).bool().tolist()
+    return _of_all_ranks(trainer, mine).amax(0).bool().tolist()
 
 
 def differing(trainer: Trainer, tensors: Mapping[nn.Parameter, str]) -> Sequence[str]:
@@ -69,9 +71,18 @@ def differing(trainer: Trainer, tensors: Mapping[nn.Parameter, str]) -> Sequence
     if trainer.world_size == 1 or not whole:
         return []
     mine = torch.stack([digest(p).to(trainer.strategy.root_device) for p in whole.values()])
-    every = trainer.strategy.all_gather(mine)  # (ranks, tensors)
+    every = _of_all_ranks(trainer, mine)  # (ranks, tensors)
     differ = (every != every[0]).any(0).tolist()
     return [n for n, d in zip(whole, differ, strict=True) if d]
+
+
+def _of_all_ranks(trainer: Trainer, mine: Tensor) -> Tensor:
+    """(ranks, *shape). Lightning's all_gather would do, were it not for a deprecation warning from torch."""
+    if trainer.world_size == 1:
+        return mine[None]
+    every = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+    torch.distributed.all_gather(every, mine)
+    return torch.stack(every)
 
 
 def _local(t: Tensor) -> Tensor:

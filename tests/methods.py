@@ -268,7 +268,7 @@ class Handover(Method):
 
     traits = Traits(family="selective")
     name: str = "handover"
-    layers: tuple[str, str] = ("0", "3")
+    layers: tuple[str, str] = ("net.0", "net.3")
     step: int = 2
 
     def inject(self, model: nn.Module, stats: Any = None) -> None:

@@ -1,6 +1,7 @@
 """Every verb of the contract as the callback runs it, by small methods and against hand-written loops."""
 
-import functools
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchmetrics import SumMetric
 
 import lightning_peft as lp
 from lightning_peft import PEFT, Method, callback
 from tests import methods
-from tests.launch import launch
 from tests.methods import EVENTS
 from tests.nets import Net, cnn, trainer, vectors
 
@@ -416,7 +417,6 @@ def test_calibration_is_skipped_on_a_resume_and_on_adapters_that_are_there(tmp_p
         resumed = Watching(data=LOADERS[kind])
         fit_with(tmp_path, resumed, methods.Calibrated(), ckpt=tmp_path / kind / "step=4.ckpt")
         assert len(EVENTS) == 3
-        assert whole.losses[-len(resumed.losses) :] == resumed.losses, kind
         assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(resumed), strict=True)), kind
     before = trained(whole)
     fit_with(tmp_path, whole, methods.Calibrated())
@@ -588,3 +588,155 @@ def test_a_wrapped_optimizer_is_the_one_that_steps(tmp_path: Path) -> None:
 
     hand_loop(hand, optimizer, 5, average)
     torch.testing.assert_close(trained(net), trained(hand), rtol=0, atol=1e-7)
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+
+PLAN = ((2, (2, 0)), (4, (0, -1, 1, -1)))
+
+
+def adam(net: Net) -> Any:
+    return torch.optim.AdamW(net.parameters(), 1e-2)
+
+
+def test_ranks_shrink_and_grow_with_their_moments_as_in_a_loop_by_hand(tmp_path: Path) -> None:
+    net = Net(smooth, optimizer=adam)
+    run(tmp_path, net, methods.Resizing(plan=PLAN), max_steps=6)
+    hand = Net(smooth)
+    L.seed_everything(5, verbose=False)
+    lp.inject(hand, methods.Plain(r=3))
+    batches = list(vectors(shuffle=False))
+    optimizer = torch.optim.AdamW([p for p in hand.parameters() if p.requires_grad], 1e-2)
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        hand.loss(batches[step - 1]).backward()
+        optimizer.step()
+        index = dict(PLAN).get(step)
+        if index is None:
+            continue
+        states = {}
+        for _, _, adapter in lp.adapters(hand):  # other Parameters, another optimizer: nothing of resize is used
+            for name, dim, draw in (("A", 0, 0.3), ("B", 1, 0.0)):
+                old = getattr(adapter, name)
+                fresh = draw * torch.randn(index.count(-1), old.shape[1]) if draw else torch.zeros(len(old), index.count(-1))
+                zeros, state = torch.zeros_like(fresh), optimizer.state[old]
+                new = nn.Parameter(pick(old.detach(), dim, index, fresh))
+                states[new] = {k: pick(state[k], dim, index, zeros) for k in ("exp_avg", "exp_avg_sq")}
+                states[new]["step"] = state["step"]
+                setattr(adapter, name, new)
+        optimizer = torch.optim.AdamW(states, 1e-2)
+        optimizer.state.update(states)
+    assert [p.shape for p in trained(net)] == [(4, 8), (12, 4), (4, 12), (3, 4)]
+    torch.testing.assert_close(trained(net), trained(hand), rtol=0, atol=1e-7)
+
+
+def pick(t: Tensor, dim: int, index: tuple[int, ...], fresh: Tensor) -> Tensor:
+    """``t`` at the places of ``index``, and where that is -1 the next of the ``fresh`` ones."""
+    new = iter(fresh.unbind(dim))
+    return torch.stack([t.select(dim, i) if i >= 0 else next(new) for i in index], dim)
+
+
+class SaveAt(L.Callback):
+    """Saves after given batches, also in the middle of an accumulation window."""
+
+    def __init__(self, folder: Path, batches: Iterable[int], weights_only: bool = False) -> None:
+        self.folder, self.batches, self.seen, self.weights_only = folder, set(batches), 0, weights_only
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        self.seen += 1
+        if self.seen in self.batches:
+            trainer.save_checkpoint(self.folder / f"{self.seen}.ckpt", self.weights_only)
+
+
+def resized(root: Path, *more: L.Callback, ckpt: Path | None = None, **options: Any) -> Net:
+    """Seven batches an epoch, four steps; ranks change at the end of the first epoch and inside the second."""
+    net = Net(optimizer=adam)
+    method = methods.Resizing(plan=((4, (2, 0)), (6, (0, -1, 1, -1))))
+    common: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "max_steps": 10}
+    run(root, net, method, *more, **common | options, data=vectors(56), ckpt_path=ckpt)
+    return net
+
+
+def test_a_fit_that_changes_ranks_resumes_bitwise_from_any_batch(tmp_path: Path) -> None:
+    places = (5, 6, 7, 8, 10, 11, 12, 15)  # before, at and after both changes, whole and half windows
+    whole = resized(tmp_path, SaveAt(tmp_path, places))
+    for place in places:
+        resumed = resized(tmp_path, ckpt=tmp_path / f"{place}.ckpt")
+        assert resumed.losses == whole.losses[place:]
+        assert all(torch.equal(a, b) for a, b in zip(trained(whole), trained(resumed), strict=True)), place
+    ranks = [torch.load(tmp_path / f"{n}.ckpt")["state_dict"]["net.0.adapters.product.A"].shape[0] for n in places]
+    assert ranks == [3, 3, 2, 2, 2, 4, 4, 4]
+
+
+def test_weights_alone_of_a_resized_model_serve_other_stages(tmp_path: Path) -> None:
+    whole = resized(tmp_path, SaveAt(tmp_path, [11], weights_only=True), max_steps=6)
+    peft = PEFT(methods.Resizing(plan=((4, (2, 0)), (6, (0, -1, 1, -1)))), folder=None)
+    data = vectors(8, shuffle=False)
+    wanted = whole.eval().net(next(iter(data))[0])
+    got = trainer(tmp_path, peft).predict(Net(), data, ckpt_path=tmp_path / "11.ckpt")
+    again = lp.restore(Net(), tmp_path / "11.ckpt", methods=peft.methods).eval()
+    assert torch.equal(torch.cat(got), wanted)
+    assert torch.equal(again.net(next(iter(data))[0]), wanted)
+
+
+# ---- the end, several methods ---------------------------------------------------------------------------------------
+
+
+def test_finish_comes_before_folder_and_merge_and_the_proof_is_kept(tmp_path: Path) -> None:
+    net, x = Net(smooth), next(iter(vectors(shuffle=False)))[0]
+    peft = PEFT(methods.Rounding(), merge_at_end=True)
+    trainer(tmp_path, peft).fit(net, vectors(shuffle=False))
+    held = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    assert len(held) == 4 and all(torch.equal((v * 8).round(), v * 8) for v in held.values())
+    base = Net(smooth).net
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for layer in ("0", "2"):
+        A, B = (held[f"net.{layer}.adapters.product.{name}"] for name in "AB")
+        wanted = base.get_submodule(layer).weight + B @ A
+        torch.testing.assert_close(merged[f"net.{layer}.weight"], wanted)
+        assert torch.equal(merged[f"net.{layer}.weight"], net.net.get_submodule(layer).weight)
+    proof = json.loads((tmp_path / "merged" / "merge_proof.json").read_text())
+    difference = (net.net(x) - lp.load(Net(smooth), tmp_path / "adapter", methods=peft.methods).net(x)).abs().max()
+    assert proof["hosts"] == 2 and proof["outputs"] == 1
+    assert proof["largest"] == pytest.approx(float(difference), abs=1e-6) and proof["relative"] < 1e-5
+
+
+def test_a_merge_that_is_wrong_is_refused_and_the_folder_still_written(tmp_path: Path) -> None:
+    net = Net(smooth)
+    base = {k: v.clone() for k, v in net.net.state_dict().items()}
+    with pytest.raises(ValueError, match="merging changes the outputs by .*; the model was left unmerged"):
+        trainer(tmp_path, PEFT(methods.Lying(), merge_at_end=True)).fit(net, vectors())
+    assert [n for n, _, _ in lp.adapters(net.net)] == ["0", "2"]
+    assert all(torch.equal(net.net.state_dict()[k], v) for k, v in base.items())
+    assert (tmp_path / "adapter" / "adapter.json").is_file() and not (tmp_path / "merged").exists()
+    again = lp.load(Net(smooth), tmp_path / "adapter", methods=[methods.Lying()])
+    assert all(torch.equal(a, b) for a, b in zip(trained(net), trained(again), strict=True))
+
+
+VERBS = ("inject", "calibrate", "param_groups", "wrap_optimizer", "penalty", "before_step", "after_step", "finish")
+
+
+def test_several_methods_run_in_their_order_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    EVENTS.clear()
+    for verb in VERBS:
+
+        def named(self: Method, *args: Any, verb: str = verb, old: Any = getattr(methods.Recorder, verb)) -> Any:
+            EVENTS.append((self.name, verb))
+            return old(self, *args)
+
+        monkeypatch.setattr(methods.Recorder, verb, named)
+    net, two = Net(smooth), [methods.Recorder(name="one"), methods.Recorder(name="two")]
+    trainer(tmp_path, PEFT(two), max_steps=1).fit(net, vectors())
+    called = [e for e in EVENTS if isinstance(e, tuple)]
+    assert [verb for _, verb in called[::2]] == ["inject", "calibrate", "inject", *VERBS[2:]]
+    assert [name for name, _ in called] == ["one", "two"] * 9
+    assert list(net.net[0].adapters) == ["one", "two"]
+    keys = load_file(tmp_path / "adapter" / "adapter.safetensors").keys()
+    assert keys == {f"net.{n}.adapters.{name}.{f}" for n in (0, 2) for name in ("one", "two") for f in "AB"}
+    x = next(iter(vectors()))[0]
+    weights = [
+        layer.weight + sum(layer.adapters[n].B @ layer.adapters[n].A for n in ("one", "two")) for layer in net.net[::2]
+    ]
+    by_hand = (x @ weights[0].T + net.net[0].bias).tanh() @ weights[1].T + net.net[2].bias
+    torch.testing.assert_close(net.net(x), by_hand)

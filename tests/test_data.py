@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from lightning_peft.data import DocstringTopics, InstructionData, TextBlocks, TextClassificationData, docstrings
-from lightning_peft.data.docstrings import TOPICS, corpus, prose
+from lightning_peft.data import DocstringTopics, InstructionData, TextBlocks, TextClassificationData
+from lightning_peft.data import corpus as corpus_file
+from lightning_peft.data.corpus import TOPICS, corpus, prose
 from lightning_peft.data.instructions import PadTokens
 from tests.texts import tiny_bert, tiny_llama
 
@@ -83,17 +84,18 @@ def test_corpus_has_every_topic_in_every_split_and_none_too_large() -> None:
 
 
 def test_corpus_is_the_same_in_a_process_with_another_hash_seed() -> None:
-    show = "from lightning_peft.data.docstrings import corpus; print(*(s for part in corpus().values() for s in part))"
+    show = "import runpy, sys; print(*(s for p in runpy.run_path(sys.argv[1])['corpus']().values() for s in p))"
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    command = [sys.executable, "-c", show, str(corpus_file.__file__)]
     environment = {**os.environ, "PYTHONHASHSEED": seed}
-    shown = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True)
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     here = " ".join(str(s) for part in corpus().values() for s in part)
     assert shown.stdout.strip() == here.strip()
 
 
 def test_prose_keeps_sentences_and_drops_code_lists_and_fragments() -> None:
     docstring = """Return the sum of the items.  If there are none, e.g. in an empty list, it is zero.
-Too short.  the first letter is small here.  There is no end to this line
+Too short.  There is no end to this line
 
     >>> total([1, 2])
     It would be a sentence if it were not in the code.
@@ -114,19 +116,20 @@ Call total(items, start) to begin at another number.  See https://x.org for the 
 def test_corpus_reads_nested_definitions_of_a_folder_and_names_what_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(docstrings, "TOPICS", {"birds": "birds", "few": "one two"})
+    monkeypatch.setattr(corpus_file, "TOPICS", {"birds": "birds", "few": "one two"})
     (tmp_path / "birds" / "tests").mkdir(parents=True)
     for n in range(40):  # each pair of files shares a pair of words, which a twentieth of all files use
-        text = f'"""The heron{n // 2} and the stork{n // 2} wade, number {"x" * n}."""\n'
+        text = f'"""The heron{n // 2} and the stork{n // 2} wade in the water as number {"x" * (n + 1)}."""\n'
         (tmp_path / "birds" / f"b{n:02}.py").write_text(f"if True:\n  class Bird:\n    def fly(self):\n      {text}")
     (tmp_path / "birds" / "tests" / "b.py").write_text('"""The heron1 and the stork1 are in a test."""\n')
-    (tmp_path / "one.py").write_text('"""The heron1 and the stork2 stand alone."""\n')
-    with pytest.warns(UserWarning, match="topic 'few' is left out: .* has 1 of its modules"):
-        splits = docstrings.corpus.__wrapped__(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(f'"""The egret and the ibis of file {name} stand alone."""\n')
+    with pytest.warns(UserWarning, match="topic 'few' is left out: .* has 2 of its modules"):
+        splits = corpus.__wrapped__(tmp_path)
     assert {name: len(part) for name, part in splits.items()} == {"train": 28, "val": 4, "test": 8}
     assert {s.topic for part in splits.values() for s in part} == {"birds"}
     with pytest.raises(ValueError, match="comes without its library's source"):
-        docstrings.corpus.__wrapped__(tmp_path / "nowhere")
+        corpus.__wrapped__(tmp_path / "nowhere")
 
 
 def test_docstring_topics_encodes_its_sentences_under_their_topics(bert: str) -> None:
@@ -189,17 +192,18 @@ def test_pairs_are_encoded_together_and_batches_padded_to_their_longest(tmp_path
 
 
 def test_a_named_data_set_keeps_the_order_of_its_labels(tmp_path: Path, bert: str) -> None:
+    (folder := tmp_path / "set").mkdir()
     features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
     for split, labels in (("train", [0, 1]), ("test", [1, -1])):
         table = Dataset.from_dict({"text": ["good", "bad"], "label": labels}, features=features)
-        table.to_parquet(tmp_path / "set" / f"{split}.parquet") if (tmp_path / "set").mkdir(
-            exist_ok=True
-        ) is None else 0
-    data = TextClassificationData(bert, dataset=str(tmp_path / "set"), val_split=None)
+        table.to_parquet(folder / f"{split}.parquet")
+    data = TextClassificationData(bert, dataset=str(folder), val_split=None)
     assert data.label_names == ["pos", "neg"]
     assert [row["labels"] for row in examples(data, "train")] in ([0], [1])  # the other one validates
-    with pytest.raises(ValueError, match="row 2 of 'test' has the label '-1'"):
-        data.rows("test")
+    with pytest.raises(ValueError, match="test: row 2 has the label '-1'"):
+        data.setup("test")
+    with pytest.raises(ValueError, match=r"has \['train', 'test'\], no 'validation': set val_split, or null"):
+        TextClassificationData(bert, dataset=str(folder)).setup("fit")
 
 
 def test_predict_needs_no_labels_and_missing_splits_are_named(tmp_path: Path, bert: str) -> None:
@@ -220,7 +224,7 @@ def test_bad_files_are_named(tmp_path: Path, bert: str) -> None:
     def error(kind: type[Exception], *words: str, **arguments: Any) -> None:
         with pytest.raises(kind) as caught:
             data = TextClassificationData(bert, **{"train": good, "val_fraction": 0.0, **arguments})
-            data.prepare_data()
+            data.setup()
         assert all(word in str(caught.value) for word in words), str(caught.value)
 
     error(FileNotFoundError, "tain.csv", "nearest: 'train.csv'", train=str(tmp_path / "tain.csv"))
@@ -236,9 +240,9 @@ def test_bad_files_are_named(tmp_path: Path, bert: str) -> None:
     bare = written(tmp_path / "bare.tsv", ROWS)
     error(ValueError, "bare.tsv", "columns=[...]", train=bare)
     strange = written(tmp_path / "val.csv", [("good", "pos"), ("bad", "ngv")])
-    error(ValueError, "val.csv", "row 2 of 'val'", "'ngv'", "['neg', 'pos']", "nearest: 'neg'", val=strange)
+    error(ValueError, "val.csv", "row 2 has the label", "'ngv'", "['neg', 'pos']", "nearest: 'neg'", val=strange)
     gaps = written(tmp_path / "gaps.jsonl", [("good", "pos"), (None, "neg")])
-    error(ValueError, "gaps.jsonl", "row 2 of 'train' has nothing in column 'text'", train=gaps)
+    error(ValueError, "gaps.jsonl", "row 2 has nothing in column 'text'", train=gaps)
     error(ValueError, "train.csv", "bare.tsv", "files of one split are all one of", train=[good, bare])
 
 
@@ -248,7 +252,11 @@ def test_bad_files_are_named(tmp_path: Path, bert: str) -> None:
         ("x.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b" "label": 0}\n', "line 3, column 14: not JSON"),
         ("x.jsonl", '{"text": "a", "label": 1}\n["b", 0]\n', "line 2: every row must be an object"),
         ("x.json", '[{"text": "a", "label": 1},\n {"text": "b", label: 0}]', "line 2, column 16: not JSON"),
-        ("x.jsonl", '{"text": "a", "label": 1}\n{"text": {"b": 1}, "label": 0}\n', "x.jsonl.*row 2 of 'train' has .*'b': 1.* not a text"),
+        (
+            "x.jsonl",
+            '{"text": "a", "label": 1}\n{"text": {"b": 1}, "label": 0}\n',
+            "x.jsonl.*row 2 has {'b': 1}, not a text",
+        ),
     ],
 )
 def test_broken_json_is_named_by_file_and_line(

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch
 from lightning_peft_plugins.reparameterized.lora import LoRA
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 import lightning_peft as lp
 from lightning_peft import hf
@@ -42,8 +50,24 @@ def gpt2() -> nn.Module:
     )
 
 
+def gemma() -> nn.Module:
+    """Its word embedding multiplies what it looks up by the square root of the width."""
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=48,
+            head_dim=8,
+            pad_token_id=0,
+        )  # fmt: skip
+    )
+
+
 class Cnn(nn.Module):
-    """A convolution with stride and padding, a 1x1 one, a linear layer twice under names of which one ends the other."""
+    """A convolution with stride and padding, a 1x1 one, two linear layers of whose names one ends the other."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -117,10 +141,12 @@ def in_peft(base: nn.Module, folder: Path) -> Any:
 
 def places(model: Any) -> list[tuple[str, int, float]]:
     """(module name, rank, scale) of every adapter, of ours or peft's."""
-    theirs = [(n, m) for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    theirs: list[Any] = [(n, m) for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    ours: list[Any] = [(n, a) for n, _, a in lp.adapters(model)]
     return [
-        (n.removeprefix("base_model.model."), m.r["default"], round(m.scaling["default"], 9)) for n, m in theirs
-    ] + [(n, len(a.A), round(a.scale, 9)) for n, _, a in lp.adapters(model)]
+        *((n.removeprefix("base_model.model."), m.r["default"], round(m.scaling["default"], 9)) for n, m in theirs),
+        *((n, len(a.A), round(a.scale, 9)) for n, a in ours),
+    ]
 
 
 THEIRS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
@@ -145,6 +171,7 @@ THEIRS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "conv1d": (gpt2, {"task_type": "CAUSAL_LM", "target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
     "embedding": (gpt2, {"target_modules": ["wte", "wpe"], "r": 3, "lora_alpha": 2}),
+    "scaled embedding": (gemma, {"target_modules": ["embed_tokens", "up_proj"], "r": 3}),
     "layer norm": (llama, {"target_modules": ["v_proj"], "modules_to_save": ["input_layernorm", "lm_head"]}),
     "conv": (Cnn, {"target_modules": ["conv", "point"], "r": 4, "modules_to_save": ["block.fc"]}),
     "suffix": (Cnn, {"target_modules": r"fc|conv", "r": 4}),
@@ -190,7 +217,7 @@ OURS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]]
     "no head": (still_bert, {"targets": ("attention",)}, ()),
     "head adapted": (still_bert, {"targets": ("classifier", "query")}, ()),
     "layers": (llama, {"layers": "1:", "exclude": ("mlp",), "rslora": True, "alpha": 3.0}, ()),
-    "patterns": (llama, {"rank_pattern": {"*.1.*.q_proj": 3}, "alpha_pattern": {"mlp.*": 2.5, "*.0.mlp.*": 2.5}}, ()),
+    "patterns": (llama, {"rank_pattern": {"*.1.*.q_proj": 3}, "alpha_pattern": {"*.1.mlp.*": 2.5}}, ()),
     "gpt2": (gpt2, {"targets": ("c_attn", "c_fc", "wpe"), "r": 3}, ("transformer.ln_f",)),
     "conv": (Cnn, {"targets": ("conv", "point", "[f]c")}, ("block.fc",)),
     "clamped": (Cnn, {"targets": ("block.fc", "[f]c", "conv"), "r": 12}, ()),
@@ -201,8 +228,6 @@ OURS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, ...]]]
 @pytest.mark.filterwarnings("ignore:.*clamped to its smaller side")
 def test_ours_to_peft(case: str, tmp_path: Path) -> None:
     make, options, train = OURS[case]
-    if case == "patterns":
-        options = options | {"alpha_pattern": {"*.mlp.*": 2.5}}
     base = make()
     ours = copy.deepcopy(base)
     lp.inject(ours, LoRA(**options), train=train)
@@ -261,7 +286,7 @@ def test_task_type(make: Callable[[], nn.Module], task: str | None, train: tuple
 def test_names_of_which_one_ends_another_are_told_apart(tmp_path: Path) -> None:
     base = Cnn()
     ours = copy.deepcopy(base)
-    lp.inject(ours, LoRA(targets=("[f]c",)))
+    lp.inject(ours, LoRA(r=2, targets=("[f]c",)))
     assert [n for n, _, _ in lp.adapters(ours)] == ["fc"]
     config = json.loads((hf.save(ours, tmp_path / "folder") / CONFIG).read_text())
     assert config["target_modules"] == "fc"  # a regex: as a list it would name block.fc too
@@ -286,7 +311,7 @@ def test_a_trained_module_whose_name_another_ends_in_takes_that_along(tmp_path: 
 def test_batch_norm_trained_in_full_brings_its_statistics(tmp_path: Path) -> None:
     base = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
     ours = copy.deepcopy(base)
-    lp.inject(ours, LoRA(targets=("0",)), train=("1",))
+    lp.inject(ours, LoRA(r=2, targets=("0",)), train=("1",))
     randomize(ours)
     x = torch.randn(9, 6)
     ours(x)  # moves the running statistics
@@ -349,7 +374,7 @@ def test_what_modules_to_save_cannot_express_is_refused(train: Any, name: str, t
 
 def test_adapting_and_training_one_module_is_refused(tmp_path: Path) -> None:
     ours = still_bert()
-    lp.inject(ours, LoRA(targets=("classifier", "query")), train=("classifier",))
+    lp.inject(ours, LoRA(r=2, targets=("classifier", "query")), train=("classifier",))
     with pytest.raises(ValueError, match="cannot both adapt 'classifier' and train it"):
         hf.save(ours, tmp_path / "folder")
 
@@ -406,7 +431,7 @@ def test_configs_that_ours_does_not_compute_are_refused(theirs: Path, fields: An
 
 def test_converted_pissa_loads(tmp_path: Path) -> None:
     base = still_bert()
-    start = peft.get_peft_model(
+    start: Any = peft.get_peft_model(
         copy.deepcopy(base), peft.LoraConfig(target_modules=["query"], init_lora_weights="pissa")
     )
     start.peft_config["default"].init_lora_weights = True
@@ -456,7 +481,7 @@ QUERY = "base_model.model.bert.encoder.layer.1.attention.self.query.lora_B.weigh
     [
         (lambda t: t.pop(QUERY), f"lacks 1 of 8 adapter tensors, first '{QUERY}'"),
         (
-            lambda t: t.update({QUERY.replace("lora_B", "lora_C"): t[QUERY]}),
+            lambda t: t.update({QUERY.replace("lora_B", "lora_C"): t[QUERY].clone()}),
             "1 adapter tensors .of 9. that nothing here",
         ),
         (lambda t: t.update({QUERY.replace("query", "quary"): t.pop(QUERY)}), f"nothing here takes.*nearest '{QUERY}'"),
@@ -486,12 +511,14 @@ def test_another_base_is_noticed(theirs: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings", "ignore:Setting `save_embedding_layers`")
 def test_embeddings_that_peft_saved_along_must_be_the_base_s(tmp_path: Path) -> None:
-    base = gpt2()
-    peft_folder(base, tmp_path, target_modules=["wte"])
-    assert "base_model.model.transformer.wte.base_layer.weight" in load_file(tmp_path / TENSORS)
+    base = llama()
+    peft_folder(base, tmp_path, target_modules=["embed_tokens"])
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in load_file(tmp_path / TENSORS)
     hf.load(copy.deepcopy(base), tmp_path)
-    with pytest.raises(ValueError, match="other values of the frozen 'transformer.wte.weight': put them into the base"):
-        hf.load(gpt2(), tmp_path)
+    with pytest.raises(
+        ValueError, match="other values of the frozen 'model.embed_tokens.weight': put them into the base"
+    ):
+        hf.load(llama(), tmp_path)
 
 
 def test_half_precision_files_train_in_float32(theirs: Path) -> None:
@@ -505,3 +532,93 @@ def test_only_the_method_that_adapts_is_exported(tmp_path: Path) -> None:
     lp.inject(ours, [LoRA(targets=("query",)), LoRA(name="second", targets=("key",))])
     with pytest.raises(ValueError, match=r"holds one method, this model \['lora', 'second'\]"):
         hf.save(ours, tmp_path / "folder")
+
+
+def test_pre_classifier_goes_along_with_the_classifier(tmp_path: Path) -> None:
+    base = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4, max_position_embeddings=32)
+    )
+    ours = copy.deepcopy(base)
+    lp.inject(ours, LoRA(targets=("q_lin",)), train=("classifier",))
+    randomize(ours)
+    with pytest.warns(UserWarning, match=r"\['pre_classifier'\] are saved too"):
+        hf.save(ours, tmp_path / "folder")
+    theirs, x = in_peft(base, tmp_path / "folder").eval(), batch(base)
+    assert theirs.peft_config["default"].task_type == "SEQ_CLS"
+    torch.testing.assert_close(run(theirs, x), run(ours.eval(), x), atol=1e-5, rtol=1e-5)
+
+
+def test_tied_weights_trained_in_full(tmp_path: Path) -> None:
+    base = gpt2()
+    ours = copy.deepcopy(base)
+    lp.inject(ours, LoRA(targets=("c_attn",)), train=("wte",))
+    randomize(ours)
+    hf.save(ours, tmp_path / "ours")
+    x = batch(base)
+    for other in (in_peft(base, tmp_path / "ours"), hf.load(copy.deepcopy(base), tmp_path / "ours")):
+        torch.testing.assert_close(run(other.eval(), x), run(ours.eval(), x), atol=1e-5, rtol=1e-5)
+    peft_folder(base, tmp_path / "theirs", target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="'lm_head.weight' apart from 'transformer.wte.weight', which is tied"):
+        hf.load(base, tmp_path / "theirs")  # peft unties the head by copying it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Biases(lp.Method):
+    """Trains biases, which peft has no format for."""
+
+    traits = lp.Traits(family="selective")
+    name: str = "biases"
+
+    def inject(self, model: nn.Module, stats: Any = None) -> None:
+        for _, p in lp.find(model, ("query.bias",), nn.Parameter):
+            p.requires_grad_(True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled(lp.Method):
+    """Attaches an adapter that peft has no format for."""
+
+    traits = lp.Traits(family="additive")
+    name: str = "scaled"
+
+    def inject(self, model: nn.Module, stats: Any = None) -> None:
+        for _, layer in lp.find(model, ("key",)):
+            lp.attach(layer, self.name, Gain())
+
+
+class Gain(lp.Adapter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(1))
+
+    def forward(self, base: lp.Base, x: Tensor) -> Tensor:
+        return base(x) * self.g
+
+
+@pytest.mark.parametrize(
+    ("methods", "says"),
+    [
+        ([Scaled()], r"no counterpart of \['scaled'\]"),
+        ([LoRA(targets=("query",)), Scaled()], r"no counterpart of \['scaled'\]"),
+        ([Biases()], "holds one method, this model none that peft knows"),
+        ([LoRA(targets=("query",)), Biases()], "2 trained parameters cannot be expressed.*query.bias"),
+    ],
+)
+def test_methods_that_peft_does_not_have(methods: list[lp.Method], says: str, tmp_path: Path) -> None:
+    ours = still_bert()
+    lp.inject(ours, methods)
+    with pytest.raises(ValueError, match=says):
+        hf.save(ours, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_our_own_folder_trains_again_exactly_what_it_names(tmp_path: Path) -> None:
+    """Its list of trained parameters holds whole names, one of which may end another's."""
+    ours = Cnn()
+    base = copy.deepcopy(ours)
+    lp.inject(ours, LoRA(targets=("conv",)), train=("[f]c.*",))
+    randomize(ours)
+    lp.save(ours, tmp_path / "own")
+    back: Any = lp.load(base, tmp_path / "own")
+    assert back.lightning_peft_record.train == ("fc.weight", "fc.bias")
+    assert torch.equal(back.fc.weight, ours.fc.weight)

@@ -8,7 +8,7 @@ from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
 WORDS = "a the not bad good film plot great dull is was very one two three it i he she of and to in"
 
 
-def tiny_bert(folder: Path, positions: int = 64) -> str:
+def tiny_bert(folder: Path, positions: int = 128) -> str:
     """A folder with a two-layer BERT's configuration and a tokenizer of whole words, [CLS] ... [SEP]."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS.split()]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))

@@ -23,8 +23,8 @@ class TokenizedData(LightningDataModule, ABC):
 
     Args: tokenizer, as in `models.source.resolve`; max_length, tokens of the longest example; batch_size, examples;
         num_workers, processes that build batches.
-    Under several processes `prepare_data` reads the rows once, in one of them, so that all find them in the cache;
-    each then tokenises its own copy in memory in `setup`.
+    Under several processes each tokenises its own copy, in memory, in `setup`; what has to be fetched or parsed before
+    is so once a machine, in a subclass's `prepare_data`.
     """
 
     def __init__(self, tokenizer: str, max_length: int, batch_size: int, num_workers: int) -> None:
@@ -36,7 +36,6 @@ class TokenizedData(LightningDataModule, ABC):
         self.max_length = max_length
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self._rows: dict[str, Dataset | None] = {}
         self._encoded: dict[str, Dataset] = {}
 
     @abstractmethod
@@ -61,20 +60,11 @@ class TokenizedData(LightningDataModule, ABC):
             )
         return tokenizer
 
-    def prepare_data(self) -> None:
-        for split in SPLITS:
-            self._read(split)
-
     def setup(self, stage: str | None = None) -> None:
         for split in _NEEDED[stage]:
-            rows = self._read(split)
-            if rows is not None and split not in self._encoded:
+            rows = None if split in self._encoded else self.rows(split)
+            if rows is not None:
                 self._encoded[split] = self._encode_all(rows, split)
-
-    def _read(self, split: str) -> Dataset | None:
-        if split not in self._rows:
-            self._rows[split] = self.rows(split)
-        return self._rows[split]
 
     def _encode_all(self, rows: Dataset, split: str) -> Dataset:
         return rows.map(

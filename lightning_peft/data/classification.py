@@ -14,15 +14,28 @@ class TextClassificationData(LabelledTexts):
     """Texts, or pairs of texts, and their labels.
 
     Args:
-        tokenizer: as in `models.source.resolve`.
-        train, val, test, predict: a file or several for each split: .csv, .tsv, .json, .jsonl or .parquet.
-        dataset: a name on the hub, or a folder of files, for the splits without files; dataset_config: its variant;
-            train_split, val_split, test_split, predict_split: what the splits are called there, None to leave one out.
+        tokenizer: a local folder, a hub name or package:NAME, as for the model.
+        train: files of training rows, one or several: .csv, .tsv, .json, .jsonl or .parquet.
+        val: files of validation rows.
+        test: files of test rows.
+        predict: files of rows to predict; they need no labels.
+        dataset: a name on the hub, or a folder of files, for the splits without files.
+        dataset_config: the variant of `dataset`.
+        train_split: what the training split is called in `dataset`; null leaves it out.
+        val_split: the same for validation.
+        test_split: the same for testing.
+        predict_split: the same for prediction.
         columns: the column names of csv and tsv files without a header row, for example [text, label].
-        text_column, text_pair_column, label_column: where texts, second texts and labels stand.
+        text_column: where the texts stand.
+        text_pair_column: where second texts stand, if any.
+        label_column: where the labels stand.
         label_names: the labels in the order of their numbers; else those of the training rows, sorted.
-        max_length: tokens of the longest example, longer ones are cut; batch_size: examples; num_workers: processes.
-        val_fraction, seed: the share of training rows that validate if there are no validation rows, and its draw.
+        max_length: tokens of the longest example, longer ones are cut.
+        batch_size: examples a batch.
+        num_workers: processes that build batches.
+        val_fraction: the share of training rows that validate if there are no validation rows; 0 for none.
+        seed: draws these rows.
+
     Labels may be strings or whole numbers; `label_names` holds them as strings. A label outside `label_names` raises.
     """
 
@@ -51,15 +64,15 @@ class TextClassificationData(LabelledTexts):
         seed: int = 0,
     ) -> None:
         super().__init__(tokenizer, max_length, batch_size, num_workers)
-        self.text_column = text_column
-        self.text_pair_column = text_pair_column
-        self.label_column = label_column
+        self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
         self._label_names = label_names
         self._table = Table(
             files={"train": train, "val": val, "test": test, "predict": predict},
             dataset=dataset,
             dataset_config=dataset_config,
             dataset_splits={"train": train_split, "val": val_split, "test": test_split, "predict": predict_split},
+            inputs=[text_column] if text_pair_column is None else [text_column, text_pair_column],
+            targets=[label_column],
             columns=columns,
             val_fraction=val_fraction,
             seed=seed,
@@ -69,7 +82,6 @@ class TextClassificationData(LabelledTexts):
     def label_names(self) -> list[str]:
         if self._label_names is not None:
             return self._label_names
-        self._table.rows("train", [self.label_column])
         train = self._table.given("train")  # with the rows held out for validation: a rare label may stand only there
         if train is None:
             raise ValueError("the labels are not known without training rows: give train=..., or label_names=[...]")
@@ -86,22 +98,23 @@ class TextClassificationData(LabelledTexts):
         place = {name: number for number, name in enumerate(self.label_names)}
         return [place[self._name(label)] for label in labels]
 
+    def prepare_data(self) -> None:
+        self._table.fetch()
+
     def rows(self, split: str) -> Dataset | None:
-        texts = [self.text_column] + ([] if self.text_pair_column is None else [self.text_pair_column])
-        if split == "predict":
-            return self._table.rows(split, texts)
-        rows = self._table.rows(split, [*texts, self.label_column])
-        if rows is not None:
-            self._check_labels(rows, split)
-        return rows
+        origin = self._table.origin(split)
+        given = self._table.given(origin)
+        if given is not None and split != "predict":
+            self._check_labels(given, origin)
+        return self._table.rows(split)
 
     def _check_labels(self, rows: Dataset, split: str) -> None:
         known = set(self.label_names)
         for place, name in enumerate(map(self._name, rows[self.label_column]), start=1):
             if name not in known:
                 raise ValueError(
-                    f"{self._table.where(split)}: row {place} of {split!r} has the label {name!r}, which is not among "
-                    f"the training labels {self.label_names}{nearest(name, self.label_names)}"
+                    f"{self._table.where(split)}: row {place} has the label {name!r}, which is not among the training "
+                    f"labels {self.label_names}{nearest(name, self.label_names)}"
                 )
 
     @cached_property

@@ -3,18 +3,18 @@
 import csv
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import config as datasets_config
 from huggingface_hub import HfApi
 
 from lightning_peft.models.source import check_hub, nearest
 
-Files = str | os.PathLike[str] | list[str] | None  # what the data modules take for each split
+Files = list[str] | str | os.PathLike[str] | None  # for each split; jsonargparse tries them in this order
 _KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -36,79 +36,94 @@ def paths(files: Files) -> list[Path]:
 class Table:
     """The rows of every split.
 
-    Args: files, for each split ("train", "val", ...) its files; dataset, a name on the hub or a folder of files, read
-        where a split has no files; dataset_config, its variant; dataset_splits, for each split its name there, None if
-        it has none; columns, the column names of csv and tsv files that have no header row; val_fraction, the share of
-        training rows, drawn with `seed`, that validate where no validation rows are given, 0 for none.
-    Every csv and tsv value is a string; tsv knows no quotes. Files and splits that are missing raise at once, here.
+    Args: files, for each split ("train", "val", "test", "predict") its files; dataset, a name on the hub or a folder of
+        files, for the splits without files; dataset_config, its variant; dataset_splits, for each split its name there,
+        None if it has none; inputs, targets, the columns that must be there and filled, targets not in "predict";
+        columns, the column names of csv and tsv files that have no header row; val_fraction, the share of training
+        rows, drawn with `seed`, that validate where no validation rows are given, 0 for none.
+    Every csv and tsv value is a string; tsv knows no quotes. A file that is missing or empty raises at once, here.
     """
 
     files: dict[str, Files]
-    dataset: str | None = None
-    dataset_config: str | None = None
-    dataset_splits: dict[str, str | None] = field(default_factory=dict)
-    columns: list[str] | None = None
-    val_fraction: float = 0.1
-    seed: int = 0
+    dataset: str | None
+    dataset_config: str | None
+    dataset_splits: dict[str, str | None]
+    inputs: list[str]
+    targets: list[str]
+    columns: list[str] | None
+    val_fraction: float
+    seed: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, got {self.val_fraction}")
         self._paths = {split: paths(files) for split, files in self.files.items()}
         if not any(self._paths.values()) and self.dataset is None:
-            raise ValueError(f"no data: give files for one of {sorted(self.files)}, or dataset=NAME")
+            raise ValueError(f"no data: give files for one of {list(self.files)}, or dataset=NAME")
         self._given: dict[str, Dataset | None] = {}
 
     def where(self, split: str) -> str:
-        """The place of a split's rows, for messages."""
-        split = "train" if split == "val" and self._halves else split
+        """The place of a split's own rows, for messages."""
         return (
             " and ".join(map(repr, map(str, self._paths[split]))) or f"{self.dataset!r}, {self.dataset_splits[split]}"
         )
 
-    def rows(self, split: str, required: list[str]) -> Dataset | None:
-        """Those of one split, None if it has none. ValueError if a required column is missing or has empty cells."""
-        if split in ("train", "val") and self._halves:
-            rows = self._halves[split]
-        else:
-            rows = self.given(split)
-        return rows if rows is None else self._complete(rows, split, required)
+    def fetch(self) -> None:
+        """Reads everything once, so that the other processes of this machine find it in the cache."""
+        for split in self.files:
+            if self._paths[split]:
+                self.given(split)
+        if self.dataset is not None:
+            self._named  # noqa: B018
+
+    def origin(self, split: str) -> str:
+        """The split whose rows are used: "train" for "val" if validation rows are drawn from those of training."""
+        drawn = split == "val" and self.val_fraction > 0 and self.given("val") is None
+        return "train" if drawn else split
+
+    def rows(self, split: str) -> Dataset | None:
+        """Those of one split, None if it has none."""
+        given = self.given(self.origin(split))
+        if given is None or split not in ("train", "val") or self.origin("val") == "val":
+            return given
+        halves = given.train_test_split(test_size=self.val_fraction, seed=self.seed, load_from_cache_file=False)
+        return halves["test" if split == "val" else "train"]
 
     def given(self, split: str) -> Dataset | None:
-        """The rows of the split's own files or own split of the data set: for "train", validation rows included."""
+        """The rows of the split's own files, or its own part of the data set. ValueError if columns or cells lack."""
         if split not in self._given:
-            name = self.dataset_splits.get(split)
+            name = self.dataset_splits[split]
+            rows = None
             if self._paths[split]:
-                self._given[split] = _read(self._paths[split], self.columns)
+                rows = _read(self._paths[split], self.columns)
             elif self.dataset is not None and name is not None:
-                self._given[split] = _read_named(self.dataset, self.dataset_config, name)
-            else:
-                self._given[split] = None
+                if name not in self._named:
+                    raise ValueError(
+                        f"{self.dataset!r} has {list(self._named)}, no {name!r}: set {split}_split, or null"
+                    )
+                rows = self._named[name]
+            if rows is not None:
+                self._check(rows, split)
+            self._given[split] = rows
         return self._given[split]
 
     @cached_property
-    def _halves(self) -> dict[str, Dataset]:
-        train = self.given("train")
-        if self.val_fraction == 0 or train is None or self.given("val") is not None:
-            return {}
-        halves = train.train_test_split(test_size=self.val_fraction, seed=self.seed, load_from_cache_file=False)
-        return {"train": halves["train"], "val": halves["test"]}
+    def _named(self) -> DatasetDict:
+        assert self.dataset is not None
+        if not (Path(self.dataset).expanduser().is_dir() or datasets_config.HF_HUB_OFFLINE):
+            check_hub(HfApi.dataset_info, self.dataset)
+        return cast(DatasetDict, load_dataset(self.dataset, self.dataset_config))
 
-    def _complete(self, rows: Dataset, split: str, required: list[str]) -> Dataset:
-        for name in required:
+    def _check(self, rows: Dataset, split: str) -> None:
+        for name in self.inputs + ([] if split == "predict" else self.targets):
             if name not in rows.column_names:
-                hint = (
-                    "; name the columns of a file without a header row with columns=[...]" if not self.columns else ""
-                )
-                raise ValueError(
-                    f"{self.where(split)} has no column {name!r}, it has {rows.column_names}"
-                    f"{nearest(name, rows.column_names)}{hint}"
-                )
+                hint = "" if self.columns else "; a csv or tsv file without a header row needs columns=[...]"
+                near = nearest(name, rows.column_names)
+                raise ValueError(f"{self.where(split)} has no column {name!r}, it has {rows.column_names}{near}{hint}")
             for place, value in enumerate(rows[name], start=1):
                 if value is None or isinstance(value, dict | list):
                     what = "nothing" if value is None else f"{value!r:.60}, not a text or a number,"
-                    raise ValueError(f"{self.where(split)}: row {place} of {split!r} has {what} in column {name!r}")
-        return rows
+                    raise ValueError(f"{self.where(split)}: row {place} has {what} in column {name!r}")
 
 
 def _read(files: list[Path], columns: list[str] | None) -> Dataset:
@@ -154,11 +169,3 @@ def _check_json(path: Path) -> None:
             ) from None
         if not all(isinstance(row, dict) for row in (value if one_list else [value])):
             raise ValueError(f"{str(path)!r}, line {number}: every row must be an object, {{...}}, got {line[:60]!r}")
-
-
-def _read_named(name: str, variant: str | None, split: str) -> Dataset:
-    if not (Path(name).expanduser().is_dir() or datasets_config.HF_HUB_OFFLINE):
-        check_hub(HfApi.dataset_info, name)
-    rows = load_dataset(name, variant, split=split)
-    assert isinstance(rows, Dataset)  # as a split is named and nothing streams
-    return rows

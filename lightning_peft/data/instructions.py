@@ -21,14 +21,27 @@ class InstructionData(TokenizedData):
     """Prompts with the responses to learn; each response ends with the end-of-text token.
 
     Args:
-        tokenizer: as in `models.source.resolve`; it must have an end-of-text token.
-        train, val, test, predict: a file or several for each split: .json (a list), .jsonl, .csv, .tsv or .parquet.
-        dataset, dataset_config, train_split, val_split, test_split, predict_split: as in TextClassificationData.
-        prompt_column, response_column: where prompts and responses stand.
+        tokenizer: a local folder, a hub name or package:NAME, as for the model; it needs an end-of-text token.
+        train: files of training rows, one or several: .csv, .tsv, .json, .jsonl or .parquet.
+        val: files of validation rows.
+        test: files of test rows.
+        predict: files of rows to predict; they need no responses.
+        dataset: a name on the hub, or a folder of files, for the splits without files.
+        dataset_config: the variant of `dataset`.
+        train_split: what the training split is called in `dataset`; null leaves it out.
+        val_split: the same for validation.
+        test_split: the same for testing.
+        predict_split: the same for prediction.
+        prompt_column: where the prompts stand.
+        response_column: where the responses stand.
         template: the prompt written with columns in braces, as in "{instruction}\\n{input}\\n"; prompt_column is then
             not read. Without one, the prompt is the prompt column and a line break.
-        max_length: tokens of prompt and response together; batch_size: examples; num_workers: processes.
-        val_fraction, seed: the share of training rows that validate if there are no validation rows, and its draw.
+        max_length: tokens of the longest example, prompt and response together.
+        batch_size: examples a batch.
+        num_workers: processes that build batches.
+        val_fraction: the share of training rows that validate if there are no validation rows; 0 for none.
+        seed: draws these rows.
+
     Truncation: an example longer than max_length loses the beginning of its prompt (a beginning-of-text token stays);
     if the response alone is too long, it also loses the end of the response, and so has no end-of-text token.
     A batch holds input_ids, attention_mask and labels, each (batch, longest), rounded up to a multiple of 8. Labels are
@@ -69,12 +82,18 @@ class InstructionData(TokenizedData):
             dataset=dataset,
             dataset_config=dataset_config,
             dataset_splits={"train": train_split, "val": val_split, "test": test_split, "predict": predict_split},
+            inputs=self._prompt_columns,
+            targets=[response_column],
+            columns=None,
             val_fraction=val_fraction,
             seed=seed,
         )
 
+    def prepare_data(self) -> None:
+        self._table.fetch()
+
     def rows(self, split: str) -> Dataset | None:
-        return self._table.rows(split, self._prompt_columns + ([] if split == "predict" else [self.response_column]))
+        return self._table.rows(split)
 
     def encode(self, rows: dict[str, list[Any]], split: str) -> dict[str, list[Any]]:
         prompts = [

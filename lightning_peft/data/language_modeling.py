@@ -16,11 +16,17 @@ class TextBlocks(TokenizedData):
     """The files of a split, one after the other, cut into blocks; the tokens after the last whole block are dropped.
 
     Args:
-        tokenizer: as in `models.source.resolve`. Each file ends with its end-of-text token, if it has one.
-        train, val, test: a plain-text file (UTF-8) or several for each split.
-        block_size: tokens a block; batch_size: blocks; num_workers: processes that build batches.
+        tokenizer: a local folder, a hub name or package:NAME, as for the model. Each file ends with its end-of-text
+            token, if it has one.
+        train: files of training text, one or several, UTF-8.
+        val: files of validation text.
+        test: files of test text.
+        block_size: tokens a block.
+        batch_size: blocks a batch.
+        num_workers: processes that build batches.
         val_fraction: if there are no files for val, the share of each training file, at its end, that validates; 0 for
             none.
+
     A batch holds input_ids, attention_mask and labels, each (batch, block_size); the labels are the input_ids, which
     the model itself shifts by one.
     """

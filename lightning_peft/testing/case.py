@@ -132,6 +132,11 @@ class Case:
         one = torch.arange(y[0].numel(), dtype=torch.float32, device=y.device).cos().view(y.shape[1:])
         return (y.float() - one).square().mean()
 
+    def objective(self, model: nn.Module) -> Tensor:
+        """The loss with the penalties of the injected methods."""
+        loss, term = self.loss(model), penalty(model)
+        return loss if term is None else loss + term
+
     def fit(self, model: nn.Module, steps: int) -> dict[str, Tensor]:
         """The loop of method.py in plain torch: AdamW with weight decay 0.1, the one batch.
 
@@ -151,8 +156,7 @@ class Case:
         for method in methods:
             optimizers = [method.wrap_optimizer(o, model) for o in optimizers]
         for index in range(steps):
-            loss, term = self.loss(model), penalty(model)
-            (loss if term is None else loss + term).backward()
+            self.objective(model).backward()
             raw = {n: p.grad.clone() for n, p in base_parameters(model) if p.grad is not None}
             for method in methods:
                 method.before_step(model, Step(index=index, optimizers=optimizers, planned=steps))

@@ -41,10 +41,10 @@ def check_deepcopy(case: Case) -> None:
     counts = [len({id(t) for t in ts.values()}) for ts in (ours, theirs)]
     require(counts[0] == counts[1], "distinct tensors of the copy", counts[1], counts[0])
     with torch.no_grad():
-        for t in theirs.values():
+        for t in ours.values():
             if t.is_floating_point():
                 t.add_(1.0)
-    require_same("outputs after the copy was changed", before, case.outputs(model))
+    require_same("outputs of the copy after the original was changed", before, case.outputs(other))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -101,44 +101,60 @@ class _Gain(WeightAdapter):
         return W * (1 + self.g)
 
 
+class _Shift(Adapter):
+    """Adds one number to what the layer returns; no map on its weight."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.full((1,), shift))
+
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
+        y = base(*args, **kwargs)
+        return y + self.s.to(y.dtype)
+
+
 class _Through(Adapter):
+    """Passes on what a layer returns, whatever it is."""
+
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return base(*args, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Second(Method):
-    """What stands next to the tested method on the same layers."""
+    """What stands next to the tested method on the same layers: on weights a gain, or a shift of the output."""
 
     traits = Traits(family="reparameterized", merge=True, hosts=("module",))
     name: str = "second_of_the_conformance_suite"
     on: tuple[str, ...]
-    gain: float = 0.0
+    amount: float = 0.0
+    maps: bool = True
 
     def inject(self, model: nn.Module, stats: Any = None) -> None:
         for name in self.on:
             host = model.get_submodule(name)
-            attach(host, self.name, _Gain(self.gain) if hosts.kind(host) else _Through())
+            beside = _Gain(self.amount) if self.maps else _Shift(self.amount)
+            attach(host, self.name, beside if hosts.kind(host) else _Through())
 
 
 def check_stacking(case: Case) -> None:
-    """The method works next to another one on the same layers, before or after it: both are heard, trained, merged."""
+    """The method works with another one below or above it on the same layers: both are heard, trained and merged."""
     alone = case.trained()
     on = tuple(dict.fromkeys(n for n, _, _ in adapters(alone))) or _first_weight(alone)
+    weighed = any(hosts.kind(alone.get_submodule(n)) for n in on)
     state, expected = trained_tensors(alone), case.outputs(alone)
-    for first in (False, True):
-        where = f"another method {'before' if first else 'after'} it"
-        idle, model = (case.injected(_Second(on=on, gain=g), first=first) for g in (0.0, 0.5))
+    for below, maps in itertools.product((True, False), (True, False) if weighed else (True,)):
+        where = f"a method {'below' if below else 'above'} it that {'scales the weight' if maps else 'shifts outputs'}"
+        idle, model = (case.injected(_Second(on=on, amount=x, maps=maps), first=below) for x in (0.0, 0.5))
         for m in (idle, model):
             m.load_state_dict(state, strict=False)
-        require_close(f"outputs with {where} that does nothing", expected, case.outputs(idle), case.tolerance)
+        require_close(f"outputs with {where} by nothing", expected, case.outputs(idle), case.tolerance)
         before = case.outputs(model)
-        if any(hosts.kind(model.get_submodule(n)) for n in on):
-            require(bool(differing(expected, before)), f"outputs with {where} that scales weights", "equal", "others")
-        case.loss(model).backward()
+        require(not weighed or bool(differing(expected, before)), f"outputs with {where}", "as without it", "others")
+        case.objective(model).backward()
         lost = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         require(not lost, f"trainable tensors without a gradient, {where}", f"{len(lost)}, first {lost[:1]}", "none")
-        if case.can("merge"):
+        if case.can("merge") and maps:
             merge(model)
             require_close(f"merged against unmerged, {where}", before, case.outputs(model), case.tolerance)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from torch.utils._pytree import tree_map  # private: walks nested fields
+from torch.utils._pytree import tree_leaves, tree_map  # private: walks nested fields
 
 from lightning_peft import registry
 from lightning_peft.callback import PEFT
@@ -25,16 +25,21 @@ KINDS = ("linear", "conv1d", "embedding", "conv", "module", "model")
 def check_hyperparameters(case: Case) -> None:
     """Hyper-parameters are frozen, keyword-only plain data: repr evaluates back, and JSON gives the method back."""
     for method in case.methods():
-        options, cls = getattr(type(method), "__dataclass_params__"), type(method).__name__  # noqa: B009
-        require(options.frozen, f"dataclass({cls}).frozen", options.frozen, True)
+        cls = type(method).__name__
+        options = vars(type(method)).get("__dataclass_params__")  # its own, not those it inherits from Method
+        require(
+            bool(options and options.frozen), f"decorator of {cls}", options, "@dataclass(frozen=True, kw_only=True)"
+        )
         named = [f.name for f in dataclasses.fields(method) if f.init and not f.kw_only]
         require(not named, f"fields of {cls} that are not keyword-only", named, "none")
         names = {c.__name__: c for m in _nested(method) for c in [type(m)]}
         evaluated = eval(repr(method), vars(sys.modules[type(method).__module__]) | names)  # a repr of our own object
         require(evaluated == method, "the method from its repr", evaluated, method)
-        written = json.loads(json.dumps(config_of(method)))
+        config = config_of(method)
+        alien = {type(v).__name__ for v in tree_leaves(config) if not isinstance(v, str | int | float | None)}
+        require(not alien, f"types in the fields of {cls}", alien, "str, int, float, bool, None, lists, dicts, methods")
         if all(registry.name_of(type(m)) for m in _nested(method)):
-            back = method_from(written)
+            back = method_from(json.loads(json.dumps(config)))
             require(back == method, "the method from its config as JSON", back, method)
 
 

@@ -34,9 +34,9 @@ def examples(batch: Any) -> int:
 
 
 def part(batch: Any, index: slice) -> Any:
-    """The batch with some of its examples."""
+    """The batch with some of its examples, contiguous as a collated batch is."""
     n = examples(batch)
-    return tree_map(lambda t: t[index] if isinstance(t, Tensor) and t.dim() and len(t) == n else t, batch)
+    return tree_map(lambda t: t[index].contiguous() if isinstance(t, Tensor) and t.dim() and len(t) == n else t, batch)
 
 
 class Fit(LightningModule):
@@ -44,7 +44,7 @@ class Fit(LightningModule):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        self.case, self.model = case, case.base()
+        self.case, self.model = case, case.base().train()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.case.loss(self.model, batch)

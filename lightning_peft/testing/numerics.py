@@ -49,7 +49,7 @@ def check_gradients(case: Case) -> None:
     train_mode(model)
     choosing = any(m.traits.family in CHOOSING for m in case.methods())
     declared = {n for n, p in base_parameters(model) if p.requires_grad and choosing} | set(case.train)
-    case.loss(model).backward()
+    case.objective(model).backward()
     frozen = {n: p for n, p in base_parameters(model) if n not in declared}
     leaks = [n for n, p in frozen.items() if p.requires_grad or p.grad is not None]
     require(not leaks, "base parameters with a gradient", f"{len(leaks)}, first {leaks[:1]}", "none")
@@ -163,5 +163,5 @@ def check_bf16(case: Case) -> None:
         outputs = half.outputs(model)
         given = [t.dtype for t in outputs.values()]
         require(given == expected, f"dtypes of outputs {where}", given, expected)
-        half.loss(model).backward()
+        half.objective(model).backward()
         require_finite(f"outputs and gradients {where}", outputs | gradients(model))

@@ -61,7 +61,7 @@ class LoRAEmbedding(LoRALinear):
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
         e, y = base.host, base(x)
-        h = F.embedding(x, self.A.T, e.padding_idx, scale_grad_by_freq=e.scale_grad_by_freq, sparse=e.sparse)
+        h = F.embedding(x, self.A.T, e.padding_idx, scale_grad_by_freq=e.scale_grad_by_freq)  # A has no sparse gradient
         return y + (F.linear(h * self.scale, self.B) * hosts.output_scale(e)).to(y.dtype)
 
     def to_hf(self, host: Any) -> dict[str, Tensor]:
@@ -152,6 +152,9 @@ class LoRA(Method):
         for where, r in {"r": self.r, **self.rank_pattern}.items():
             if r < 1:
                 raise ValueError(f"LoRA needs a rank of at least 1, got {where}={r}")
+        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if alpha <= 0:
+                raise ValueError(f"LoRA's alpha must be positive, got {where}={alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA's dropout must lie in [0, 1), got {self.dropout}")
         if self.init not in ("default", "gaussian"):

@@ -1,0 +1,19 @@
+"""Every installed method by the name of its class, ours and third parties': ``from lightning_peft.methods import LoRA``.
+
+Classes are found by entry point and imported when asked for.
+"""
+
+from typing import Any
+
+from lightning_peft import registry
+
+
+def __getattr__(name: str) -> Any:
+    for entry, point in registry.entry_points().items():
+        if point.attr == name:
+            return registry.load(entry)
+    raise AttributeError(f"no installed method has a class {name!r}; nearest: {registry.nearest_class(name)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(point.attr for point in registry.entry_points().values())
