@@ -31,6 +31,13 @@ class Base:
         below = self._below.weight
         return self._adapter.weight(below) if isinstance(self._adapter, WeightAdapter) else below
 
+    @property
+    def maps_weight(self) -> bool:
+        """True where ``weight`` says all about this layer: no adapter in it but maps on the weight."""
+        if self._adapter is None or self._below is None:
+            return True
+        return isinstance(self._adapter, WeightAdapter) and self._below.maps_weight
+
 
 class Adapter(nn.Module, abc.ABC):
     """What is attached to one host module. Its tensors are parameters and buffers of its own, never child layers.
@@ -81,4 +88,7 @@ class WeightAdapter(Adapter):
         """The adapted (out, in) matrix for the matrix below; differentiable in the adapter's parameters."""
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        return hosts.run(base.host, self.weight(base.weight), x)
+        y = hosts.run(base.host, self.weight(base.weight), x)
+        if base.maps_weight:
+            return y
+        return base(x) + (y - hosts.run(base.host, base.weight, x))  # what lies below is no weight: add the change

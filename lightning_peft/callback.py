@@ -194,6 +194,7 @@ class PEFT(Callback):
             report.show(target)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # Lightning leaves that out when it resumes inside an epoch
         if self._folder is not None and trainer.is_global_zero:  # a sharded fit knows only now which run it goes on with
             io.check_folder(self._folder, self.run, self.overwrite)
         if self.tape.pending:

@@ -1,6 +1,7 @@
 """What was injected into a model as plain data: in the adapter folder, in checkpoints, and back to methods."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ def _pretrained(model: nn.Module) -> dict[str, Any] | None:
     for at, module in model.named_modules():
         config: Any = getattr(module, "config", None)
         if hasattr(module, "save_pretrained") and hasattr(config, "name_or_path"):
-            cls = next(c for c in type(module).__mro__ if not c.__module__.startswith("lightning_peft"))
+            made = sys.modules  # adapting and sharding put classes made at run time in front of the one that can be named
+            cls = next(c for c in type(module).__mro__ if getattr(made.get(c.__module__), c.__name__, None) is c)
             labels = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
             return {"at": at, "class": cls.__name__, "source": config.name_or_path, "labels": labels}
     return None

@@ -170,6 +170,7 @@ def _split(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(state of the modules trained in full, by key of ``model``; the adapters' tensors, by key of the file)."""
     state, saved = model.state_dict(keep_vars=True), tuple(config.get("modules_to_save") or ())
+    whole = [key for key in state if any(module.endswith(saved) for module in parents(key))]
     base: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
@@ -178,11 +179,13 @@ def _split(
             rest[full] = tensor
         elif tensor.shape != state[key].shape:
             raise ValueError(f"{source}: {key!r} has shape {tuple(tensor.shape)}, but {tuple(state[key].shape)} here")
-        elif any(module.endswith(saved) for module in parents(key)):
+        elif key in whole:
             base[key] = tensor
         elif not torch.equal(tensor.to(state[key]), state[key]):
             # peft adds embeddings that are adapted or were resized; a load of ours writes no frozen weight
             raise ValueError(f"{source} brings other values of the frozen {key!r}: put them into the base first")
+    if lacking := [key for key in whole if key not in base]:
+        raise ValueError(f"{source} lacks {lacking[0]!r}, although its modules_to_save are {list(saved)}")
     for key in base:
         for twin in (k for k, v in state.items() if v is state[key] and k != key):
             if twin not in base or not torch.equal(base[twin], base[key]):

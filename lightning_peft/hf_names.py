@@ -174,7 +174,7 @@ def targeted(config: Mapping[str, Any], name: str) -> bool:
     if target is None or not _names(target, name):
         return False
     layers = config.get("layers_to_transform")
-    if isinstance(target, str) or layers is None or layers == []:
+    if isinstance(target, str) or name in target or layers is None or layers == []:  # a whole name goes before layers
         return True
     stacks = config.get("layers_pattern")
     stacks = [stacks] if isinstance(stacks, str) else stacks

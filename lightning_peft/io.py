@@ -144,6 +144,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: missing, truncated, or not written with lightning-peft.
     """
     path = Path(path)
+    if path.is_dir():
+        command = f"python -m lightning.fabric.utilities.consolidate_checkpoint {path}"
+        raise ValueError(f"{path} is a folder, as of a sharded fit: make one file of it with `{command}`")
     if not path.is_file():
         raise ValueError(f"no checkpoint file at {path}")
     with complete(path):
@@ -159,8 +162,8 @@ def complete(path: Any) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as cause:
-        if "GLOBAL" in str(cause):  # whole, but of a class that torch must first be allowed to load
-            raise
+        if isinstance(cause, FileNotFoundError | PermissionError) or "GLOBAL" in str(cause):
+            raise  # the last: whole, but of a class that torch must first be allowed to load
         said = next(iter(str(cause).splitlines()), type(cause).__name__)
         raise ValueError(f"{path} is not a complete checkpoint: {said}") from cause
 

@@ -101,15 +101,18 @@ class Sentinel:
         self._check_moved([s for s, row in zip(seen.values(), rows, strict=True) if row[1] and not row[2]])
 
     def _check_reached(self, reached: dict[str, bool], units: dict[str, str], strict: bool) -> None:
-        """A tensor of an adapter without any gradient is an error, but an unused branch's, where most of its kin have.
+        """Adapters without any gradient are an error where half of all, or a kind of layer in most blocks, is cut off.
 
-        Several optimizers may take turns, so there nothing is sure yet (not ``strict``).
+        A layer that stands alone (a pooler the loss does not use) or an unused branch is worth a warning. Several
+        optimizers may take turns, so there nothing is sure yet (not ``strict``).
         """
         kin: dict[str, list[bool]] = {}
         for name, r in reached.items():
             kin.setdefault(_kin(name), []).append(r)
         missing = [n for n, r in reached.items() if not r]
-        cut = [n for n in missing if n in units and 2 * sum(kin[_kin(n)]) < len(kin[_kin(n)])]
+        lost = [n for n in missing if n in units]
+        half = 2 * len(lost) >= sum(n in units for n in reached)
+        cut = [n for n in lost if 2 * sum(k := kin[_kin(n)]) < len(k) and (half or len(k) > 1)]
         if cut and strict:
             raise ValueError(
                 f"no gradient reached {_some(cut)} in {self._done} optimizer steps: the layer is bypassed or detached, "

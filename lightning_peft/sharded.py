@@ -176,8 +176,8 @@ def _check_file(path: Path, trainer: Trainer, pl_module: LightningModule, weight
     assert held is not None
     scope, record = held
     model, source = pl_module.get_submodule(scope), str(path)
-    if trainer.state.fn == "fit" and "lr_schedulers" not in checkpoint:
-        raise ValueError(f"{source} holds weights only, so no fit can be resumed from it; validate and test can use it")
+    if trainer.state.fn == "fit":
+        _check_optimizers(path, checkpoint)
     if config := checkpoint.get(KEY):
         checks.check_methods(record.methods, config, source)
         here = {m.name: [n for n, _, _ in m.adapters(model)] for m in record.methods}
@@ -196,8 +196,19 @@ def _check_file(path: Path, trainer: Trainer, pl_module: LightningModule, weight
             )
 
 
+def _check_optimizers(path: Path, checkpoint: dict[str, Any]) -> None:
+    if "lr_schedulers" not in checkpoint:
+        raise ValueError(f"{path} holds weights only, so no fit can be resumed from it; validate and test can use it")
+    none, first = any(not s["state"] for s in checkpoint["optimizer_states"]), checkpoint["global_step"] == 0
+    if none and (first or path.is_file()):  # both end in an error deep inside of torch
+        raise ValueError(
+            f"{path} holds no state of its optimizer, which "
+            + ("had not stepped yet: start afresh" if first else "keeps none: use save_distributed_checkpoint=True")
+        )
+
+
 def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """A checkpoint without optimizer states; of a distributed one the tensors' shapes alone, on the meta device.
+    """A checkpoint; of a distributed one only the shapes, on the meta device, and the keys of optimizer states.
 
     Raises:
         ValueError: no checkpoint, or not a complete one.
@@ -212,5 +223,6 @@ def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
             tensors = {k: m.size for k, m in metadata.items() if hasattr(m, "size")}
             at = "state_dict."
             shapes = {k.removeprefix(at): torch.empty(s, device="meta") for k, s in tensors.items() if k.startswith(at)}
-            checkpoint["state_dict"] = shapes
+            states = [k for k in metadata if k.startswith("optimizer_") and ".state." in k]
+            checkpoint |= {"state_dict": shapes, "optimizer_states": [{"state": states}]}
     return checkpoint

@@ -12,6 +12,8 @@ import peft
 import pytest
 import torch
 from lightning_peft_plugins.reparameterized.lora import LoRA
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +26,7 @@ from transformers import (
 )
 
 import lightning_peft as lp
-from lightning_peft import hf
+from lightning_peft import hf, registry
 from lightning_peft.io import describe
 from tests.nets import bert, llama
 
@@ -348,9 +350,7 @@ def test_an_existing_adapter_is_kept_unless_told(tmp_path: Path) -> None:
 def test_convolutions_that_peft_computes_otherwise_are_refused_both_ways(options: Any, tmp_path: Path) -> None:
     ours = Cnn(**options)
     lp.inject(ours, LoRA(r=3, targets=("conv",)))
-    with pytest.raises(
-        ValueError, match="computes something else for a convolution with groups, dilation or a padding"
-    ):
+    with pytest.raises(ValueError, match="^conv: huggingface/peft computes something else for a convolution"):
         hf.save(ours, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     base = Cnn(**options)
@@ -622,3 +622,90 @@ def test_our_own_folder_trains_again_exactly_what_it_names(tmp_path: Path) -> No
     back: Any = lp.load(base, tmp_path / "own")
     assert back.lightning_peft_record.train == ("fc.weight", "fc.bias")
     assert torch.equal(back.fc.weight, ours.fc.weight)
+
+
+def test_a_head_that_the_file_lacks_is_missed(tmp_path: Path) -> None:
+    base = still_bert()
+    peft_folder(base, tmp_path, task_type="SEQ_CLS", target_modules=["query"])
+    rewrite(tmp_path, lambda t: t.pop("base_model.model.classifier.bias"))
+    with pytest.raises(
+        ValueError, match="lacks 'classifier.bias', although its modules_to_save are .'classifier', 'sc"
+    ):
+        hf.load(base, tmp_path)
+
+
+class Asked(ValueError):
+    """Which plugin ``hf.load`` turned to."""
+
+
+def test_a_field_of_the_config_chooses_among_the_plugins_of_a_type(theirs: Path, monkeypatch: Any) -> None:
+    kinds = {"plain": "LORA", "with_field": "LORA:use_dora", "other": "IA3", "none": ""}
+
+    def plugin(name: str) -> Any:
+        def from_hf(config: Any, tensors: Any, model: Any) -> None:
+            assert tensors["bert.encoder.layer.0.attention.self.key"].keys() == {"lora_A.weight", "lora_B.weight"}
+            raise Asked(name)
+
+        return type(name, (), {"from_hf": staticmethod(from_hf)})
+
+    monkeypatch.setattr(registry, "names", lambda: list(kinds))
+    monkeypatch.setattr(registry, "describe", lambda name: registry.Info(name, "", "", traits={"hf": kinds[name]}))
+    monkeypatch.setattr(registry, "load", plugin)
+    with pytest.raises(Asked, match="plain"):
+        hf.load(still_bert(), theirs)
+    edit(theirs, use_dora=True)
+    with pytest.raises(Asked, match="with_field"):
+        hf.load(still_bert(), theirs)
+    kinds["twin"] = "LORA:use_dora"
+    with pytest.raises(ValueError, match=r"\['with_field', 'twin'\] all read a peft_type 'LORA'"):
+        hf.load(still_bert(), theirs)
+
+
+NAMES = [n for n, _ in still_bert().named_modules() if n] + [
+    "fc",
+    "block.fc",
+    "block.prefc",
+    "layers.1.fc",
+    "x.layer.0.y.2.q",
+]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["query", "0.output.dense", "fc"]},
+        {"target_modules": r".*\.layer\.\d+\.(output|intermediate)\.dense|fc"},
+        {"target_modules": ["dense", "q"], "exclude_modules": ["pooler.dense", "q"]},
+        {"target_modules": ["dense"], "exclude_modules": r".*\.0\..*"},
+        {"target_modules": ["query", "fc", "q"], "layers_to_transform": 1},
+        {"target_modules": ["query", "fc", "q"], "layers_to_transform": [0, 2]},
+        {"target_modules": ["query", "fc", "q"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["query", "fc", "q"], "layers_to_transform": [0, 2], "layers_pattern": ["y", "layer"]},
+        {"target_modules": ["query", "fc", "dense"], "modules_to_save": ["pooler", "attention.output", "block"]},
+    ],
+)
+def test_targets_are_read_as_peft_reads_them(fields: Any) -> None:
+    config = peft.LoraConfig(**fields)
+    want = [n for n in NAMES if check_target_module_exists(config, n)]
+    assert [n for n in NAMES if hf.targeted(fields, n)] == want and want
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_patterns_are_written_and_read_as_peft_reads_them(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    values = {n: int(torch.randint(1, 4, (), generator=g)) for n in NAMES}
+    patterns = hf.patterns(values, 2)
+    assert {n: patterns.get(get_pattern_key(list(patterns), n), 2) for n in NAMES} == values
+    assert {n: hf.lookup(patterns, n, 2) for n in NAMES} == values
+    mine = hf.patterns(values, 2, ours=True)
+    assert {n: next((v for p, v in mine.items() if lp.matches(n, p)), 2) for n in NAMES} == values
+    loose = {
+        "ense": 5,
+        "fc": 6,
+        "layer.0.*dense": 7,
+        "0.output.dense": 8,
+        "query|key": 9,
+    }  # regexes for ends from a dot on
+    assert {n: hf.lookup(loose, n, 2) for n in NAMES} == {
+        n: loose.get(get_pattern_key(list(loose), n), 2) for n in NAMES
+    }

@@ -284,6 +284,17 @@ def test_no_gradient_for_one_adapter_is_an_error_at_the_end_of_the_watch(fit: An
     assert callback.sentinel._done == 4
 
 
+class UnusedPooler(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(8, 8)
+
+
+def test_a_single_unused_layer_of_a_role_is_a_warning_that_says_how_to_leave_it_out(fit: Any) -> None:
+    (text,) = fit(UnusedPooler(), peft(LoRA(r=2, targets=("all-linear",))))
+    assert "'pooler.adapters.lora.A', 'pooler.adapters.lora.B'" in text and "left out" in text
+
+
 def test_a_fit_shorter_than_the_watch_is_judged_at_its_end(fit: Any) -> None:
     with pytest.raises(ValueError, match="no gradient reached 'body.0.adapters.lora.A'.* in 3 optimizer steps"):
         fit(Bypassing(), peft(LoRA(r=2, targets=("body.0", "head"))), max_steps=3)
@@ -384,6 +395,17 @@ def test_a_step_that_rounds_away_is_a_warning(fit: Any) -> None:
     callback = peft(dtype="bfloat16")
     text = fit(net, callback, callbacks=(callback, Tenths()), precision="bf16-true")
     assert len(text) == 1 and "'body.0.adapters.lora.A', 'body.0.adapters.lora.B'" in text[0]
+
+
+def test_what_was_seen_is_the_most_of_all_steps() -> None:
+    seen = watch.Seen("w", torch.Size([2]), torch.tensor(0))
+    for grad, rate in ((torch.tensor([0.0, -3.0]), 0.1), (torch.tensor([1.0, 0.0]), 0.0), (None, 0.0)):
+        seen.note(grad, rate)
+    assert (seen.gradients, seen.rate, seen.largest) == (2, 0.1, torch.tensor(3.0))
+    sparse = watch.Seen("e", torch.Size([2]), torch.tensor(0))
+    sparse.note(torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([2.0]), (4,), check_invariants=False), 0.1)
+    sparse.note(torch.zeros(0, 3), 0.1)  # a rank of 0
+    assert sparse.largest == 2
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
@@ -503,6 +525,12 @@ def test_a_frozen_head_of_a_plain_module_is_a_warning(fit: Any) -> None:
 def test_a_head_that_trains_or_is_adapted_or_out_of_scope_is_silent(fit: Any, options: dict[str, Any]) -> None:
     method = LoRA(r=2, targets=("0", "2") if "model" in options else BODY)
     assert fit(Net(), peft(**({"methods": method} | options))) == []
+
+
+def test_a_head_that_the_user_froze_outside_the_scope_is_silent(fit: Any) -> None:
+    net = Net()
+    net.head.requires_grad_(False)
+    assert fit(net, peft(LoRA(r=2, targets=("0", "2")), model="body")) == []
 
 
 def test_a_head_tied_to_the_body_is_silent(fit: Any) -> None:

@@ -1,12 +1,18 @@
 """Several processes: DDP with shapes that change, FSDP2, resume with random states of every rank; whole files."""
 
+import json
+import multiprocessing
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -14,10 +20,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Subset
 
+import lightning_peft as lp
 from lightning_peft import PEFT, Method
+from lightning_peft.strategies import AtomicCheckpointIO
+from lightning_peft_plugins.reparameterized.lora import LoRA
 from tests import methods
 from tests.launch import launch
-from tests.nets import Net, trainer, vectors
+from tests.nets import HFNet, Net, llama, tokens, trainer, vectors
 from tests.test_contract import Handwritten, SaveAt, smooth, trained
 
 TWO: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
@@ -129,6 +138,13 @@ class Sharded(Net):
         fully_shard(self.net, mesh=mesh)
 
 
+class ShardedLlama(HFNet):
+    def configure_model(self) -> None:
+        if not isinstance(self.net, FSDPModule):
+            for module in (*self.net.model.layers, self.net):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
 def adam(net: Net) -> Any:
     return AdamW(net.parameters(), 1e-2)
 
@@ -146,19 +162,25 @@ def sharding(distributed: bool = False, **sizes: int) -> ModelParallelStrategy:
 def fsdp(root: Path, net: Net, method: Method, *more: L.Callback, ckpt: Any = None, **options: Any) -> L.Trainer:
     L.seed_everything(5, verbose=False)
     common = TWO | {"max_steps": 6, "max_epochs": -1, "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
-    fit = trainer(root, PEFT(method), *more, **common | {"strategy": sharding()} | options)
-    fit.fit(net, half(), ckpt_path=ckpt)
+    peft, data = PEFT(method, **options.pop("peft", {})), options.pop("data", None)
+    fit = trainer(root, peft, *more, **common | {"strategy": sharding()} | options)
+    fit.fit(net, data or half(), ckpt_path=ckpt)
     return fit
 
 
 def in_fsdp(root: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for method in (methods.Plain(), methods.Penalised(), methods.Grouped()):
-        ends = []
-        for name, net, strategy in (("ddp", Net(smooth, optimizer=adam), "ddp"), ("fsdp", Sharded(smooth, optimizer=adam), sharding())):
-            fsdp(root / type(method).__name__ / name, net, method, strategy=strategy)
+    for method in (methods.Plain(), methods.Penalised(), methods.Grouped(), methods.Wrapped(), methods.Halving()):
+        here, ends = root / type(method).__name__, []
+        for net, strategy in ((Net(smooth, optimizer=adam), "ddp"), (Sharded(smooth, optimizer=adam), sharding())):
+            fsdp(here / type(net).__name__, net, method, strategy=strategy)
             ends.append(whole(net))
         facts[type(method).__name__] = ends
+    nets = HFNet(llama, optimizer=adam), ShardedLlama(llama, optimizer=adam)
+    for net, strategy in zip(nets, ("ddp", sharding()), strict=True):
+        options = {"strategy": strategy, "precision": "bf16-mixed", "data": tokens(16, 2, lm=True, shuffle=False)}
+        fsdp(root / type(net).__name__, net, LoRA(r=2), **options)
+    facts["llama"] = [whole(net) for net in nets]
     for distributed in (True, False):
         facts[f"files {distributed}"] = _files_of_fsdp(root / str(distributed), distributed)
     facts["refused"] = _refused_in_fsdp(root)
@@ -171,8 +193,8 @@ def _files_of_fsdp(root: Path, distributed: bool) -> dict[str, Any]:
     def module() -> Sharded:
         return Sharded(optimizer=adam)
 
-    net, places, found = module(), (1, 2, 3, 6, 7), {}
-    saved = SaveAt(root, places), SaveAt(root / "weights", [12], weights_only=True)
+    net, places, found = module(), (2, 3, 6, 7), {}
+    saved = SaveAt(root, (1, *places)), SaveAt(root / "weights", [12], weights_only=True)
     fit = fsdp(root, net, methods.Plain(), *saved, strategy=sharding(distributed))
     data = vectors(8, shuffle=False)
     found["predicted"] = torch.cat(fit.predict(net, data))
@@ -199,6 +221,18 @@ class Late(Sharded):
         super().configure_model()
 
 
+class Whole(L.LightningModule):
+    """Has no configure_model at all, where Net has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.losses = smooth(), []
+
+    def training_step(self, batch: Any) -> None: ...
+
+    def configure_optimizers(self) -> None: ...
+
+
 class Partly(Sharded):
     def configure_model(self) -> None:
         fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
@@ -210,17 +244,19 @@ def _refused_in_fsdp(root: Path) -> list[str]:
     (root / "cut.ckpt").write_bytes(full.read_bytes()[:2000])
     said = []
     for method, net, options in (
-        (methods.Plain(), Net(smooth, optimizer=adam), {}),
+        (methods.Plain(), Whole(), {}),
         (methods.Plain(), Late(), {}),
         (methods.Plain(), Partly(smooth, optimizer=adam), {}),
         (methods.Plain(), Sharded(smooth), {"strategy": sharding(data_parallel_size=1, tensor_parallel_size=2)}),
         (methods.Calibrated(), Sharded(smooth), {}),
         (methods.Resizing(), Sharded(smooth), {}),
+        (methods.Plain(), Sharded(smooth), {"peft": {"merge_at_end": True}}),
         (methods.Plain(r=3), Sharded(optimizer=adam), {"ckpt": full}),
         (methods.Plain(), Sharded(optimizer=adam), {"ckpt": weights}),
+        (methods.Plain(), Sharded(optimizer=adam), {"ckpt": root / "True" / "1.ckpt"}),
         (methods.Plain(), Sharded(optimizer=adam), {"ckpt": root / "cut.ckpt"}),
         (methods.Plain(), Sharded(optimizer=adam), {"ckpt": root / "none.ckpt"}),
-        (methods.Resizing(), Sharded(), {"stage": "predict", "ckpt": root / "resized.ckpt"}),
+        (SHRINKING, Sharded(), {"stage": "predict", "ckpt": root / "resized.ckpt"}),
     ):
         try:
             if options.pop("stage", "fit") == "predict":
@@ -238,13 +274,14 @@ def _refused_in_fsdp(root: Path) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_in_fsdp2(tmp_path: Path) -> None:
     resized = Net(optimizer=adam)
-    plan = methods.Resizing(plan=((1, (0, 1)),))
-    run(tmp_path, resized, plan, SaveAt(tmp_path, [2]), data=vectors(), devices=1, strategy="auto")
+    run(tmp_path, resized, SHRINKING, SaveAt(tmp_path, [2]), data=vectors(), devices=1, strategy="auto")
     (tmp_path / "2.ckpt").rename(tmp_path / "resized.ckpt")
     first, second = launch(in_fsdp, root=tmp_path)
-    for kind in ("Plain", "Penalised", "Grouped"):
+    for kind in ("Plain", "Penalised", "Grouped", "Wrapped", "Halving", "llama"):
         torch.testing.assert_close(*first[kind], rtol=0, atol=1e-6)
         torch.testing.assert_close(first[kind], second[kind], rtol=0, atol=0)
+    config = json.loads((tmp_path / "ShardedLlama" / "adapter" / "adapter.json").read_text())
+    assert config["pretrained"]["class"] == "LlamaForCausalLM"
     for distributed in (True, False):
         _check_files(tmp_path / str(distributed), distributed, first[f"files {distributed}"])
     assert first["refused"] == second["refused"]
@@ -252,15 +289,18 @@ def test_two_processes_in_fsdp2(tmp_path: Path) -> None:
         assert expected in said
 
 
+SHRINKING = methods.Resizing(plan=((1, (0, 1)),))
 REFUSED = [
-    "Net.__init__ and shard it in configure_model",
+    "Whole.__init__ and shard it in configure_model",
     "'net.0.weight' was sharded before methods could be injected",
     "2 trainable tensors, first 'net.2.adapters.product.A', lie outside of what configure_model shards",
     "tensor_parallel_size=2 splits the matrices",
     "['product'] calibrate on whole weights",
     "['product'] may change the shapes of parameters",
+    "merge_at_end=True needs whole weights",
     "r=2 there, 3 now",
     "holds weights only, so no fit can be resumed",
+    "which had not stepped yet",
     "is not a complete checkpoint",
     "no checkpoint at",
     "'net.0.adapters.product.A' of shape (2, 8), here it is (3, 8)",
@@ -268,4 +308,102 @@ REFUSED = [
 
 
 def _check_files(root: Path, distributed: bool, found: dict[str, Any]) -> None:
-    pass
+    """Files of the fit: checkpoints resumed bitwise and hold no base, and serve a process without any strategy."""
+    for place in (2, 3, 6, 7):
+        losses, resumed, end = found[place]
+        assert losses == resumed and len(losses) > 0
+        assert same(end, found["end"]), place
+    keys = {f"net.{n}.adapters.product.{f}" for n in (0, 3, 5) for f in "AB"}
+    for name in ("7.ckpt", "weights/12.ckpt"):
+        held = stored(root / name)["state_dict"]
+        assert held.keys() == keys
+    assert (root / "7.ckpt").is_dir() == distributed
+    assert not list(root.glob("**/*.part"))
+    single = lp.load(Net(), root / "adapter", methods=[methods.Plain()]).eval()
+    torch.testing.assert_close(trained(single), found["end"], rtol=0, atol=0)
+    x = next(iter(vectors(8, shuffle=False)))[0]
+    for name in ("predicted", "tested"):
+        torch.testing.assert_close(single.net(x), found[name])
+    torch.save(stored(root / "7.ckpt"), root / "one.ckpt")
+    fresh = lp.restore(Net(), root / "one.ckpt", methods=[methods.Plain()]).eval()
+    assert not torch.allclose(fresh.net(x), single.net(x), atol=1e-4)
+    torch.testing.assert_close(fresh.net(x), found["fresh"])
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """A checkpoint as one dictionary, as lightning.fabric.utilities.consolidate_checkpoint makes it."""
+    if path.is_file():
+        return torch.load(path)
+    with pytest.raises(ValueError, match="make one file of it with `python -m lightning.fabric.utilities.consolidate"):
+        lp.restore(Net(), path)
+    return _load_distributed_checkpoint(path)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """Its pickling begins and never ends."""
+
+    def __init__(self, began: Path) -> None:
+        self.began = began
+
+    def __reduce__(self) -> Any:
+        self.began.touch()
+        time.sleep(600)
+        return str, ()
+
+
+def test_a_writer_that_is_killed_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    path, began, writer = tmp_path / "last.ckpt", tmp_path / "began", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1, "weight": torch.ones(3)}, path)
+    context = multiprocessing.get_context("fork")
+    victim = context.Process(target=writer.save_checkpoint, args=({"step": 2, "rest": Blocks(began)}, path))
+    victim.start()
+    deadline = time.monotonic() + 60
+    while not began.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.kill()
+    victim.join()
+    assert began.exists() and victim.exitcode == -signal.SIGKILL
+    assert writer.load_checkpoint(path)["step"] == 1
+    writer.save_checkpoint({"step": 3}, path)
+    assert writer.load_checkpoint(path)["step"] == 3
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 2000, -1])
+def test_a_truncated_file_is_called_that_before_anything_is_loaded(length: int, tmp_path: Path) -> None:
+    net = Net(smooth)
+    run(tmp_path, net, methods.Plain(), SaveAt(tmp_path, [1]), data=vectors(), devices=1, strategy="auto", max_steps=1)
+    whole_file = (tmp_path / "1.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole_file[:length])
+    other = Net(smooth)
+    for load in (
+        lambda: run(tmp_path, other, methods.Plain(), ckpt=tmp_path / "cut.ckpt", data=vectors(), devices=1, strategy="auto"),
+        lambda: lp.restore(Net(smooth), tmp_path / "cut.ckpt", methods=[methods.Plain()]),
+    ):
+        with pytest.raises(ValueError, match=r"cut.ckpt is not a complete checkpoint: ."):
+            load()
+    assert not other.losses
+
+
+class Counting(TorchCheckpointIO):
+    saved = 0
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.saved += 1
+        super().save_checkpoint(*args, **kwargs)
+
+
+def test_a_writer_that_the_user_chose_stays_and_ours_replaces_only_the_default(tmp_path: Path) -> None:
+    for chosen, writer in ((Counting(), Counting), (None, AtomicCheckpointIO)):
+        options = {"plugins": [chosen] if chosen else [], "data": vectors(), "devices": 1, "strategy": "auto"}
+        fit = run(tmp_path, Net(smooth), methods.Plain(), SaveAt(tmp_path, [2]), **options)
+        assert type(fit.strategy.checkpoint_io) is writer
+        if chosen:
+            assert fit.strategy.checkpoint_io is chosen and chosen.saved == 1
+        assert torch.load(tmp_path / "2.ckpt")["global_step"] == 2
+    with pytest.raises(FileNotFoundError):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "nowhere.ckpt")
+    with pytest.raises(TypeError, match="storage_options"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "x", storage_options={"a": 1})

@@ -1,16 +1,16 @@
 """The conformance suite itself: every check fails for a method with the fault it is there for, and only for that."""
 
-import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
+from lightning_peft_plugins.reparameterized.lora import LoRA
 from torch import Tensor, nn
 
-from lightning_peft import Adapter, Base, Method, Step, Traits, WeightAdapter, attach, find, testing
-from lightning_peft.testing import Case, Failed, Row, Skipped
-from lightning_peft_plugins.reparameterized.lora import LoRA
+from lightning_peft import Adapter, Base, Method, Step, Traits, WeightAdapter, attach, find, inject, testing
+from lightning_peft.testing import Case, Failed, Row
+from tests import nets
 
 CLEAN = Traits(family="reparameterized", merge=True)
 
@@ -27,6 +27,7 @@ class Tilt(WeightAdapter):
     """W + u (v * sign)^T with signs drawn once: parameters, a buffer, and a forward of its own."""
 
     axes = {"u": ("out",), "v": ("in",), "sign": ("in",)}
+    sign: Tensor
 
     def __init__(self, host: nn.Linear) -> None:
         super().__init__()
@@ -68,6 +69,9 @@ class Clean(Method):
     def inject(self, model: nn.Module, stats: None = None) -> None:
         for _, host in find(model, self.targets):
             attach(host, self.name, self.adapter(host))
+
+    def tilts(self, model: nn.Module) -> list[Tilt]:
+        return [a for _, _, a in self.adapters(model) if isinstance(a, Tilt)]
 
 
 # ---- faults, each with the check that must find it -----------------------------------------------------------------
@@ -134,10 +138,14 @@ class NoMapOnAWeight(Adapter):
 
     def __init__(self, host: nn.Linear) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(host.out_features))
+        self.shift = nn.Parameter(torch.empty(host.out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.shift)
 
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        return base(x) + self.shift
+        return base(x) + self.shift.to(x.dtype)
 
 
 class ForgetsBuffer(Tilt):
@@ -207,7 +215,7 @@ class CountsOnItself(Clean):
     def after_step(self, model: nn.Module, step: Step) -> None:
         seen = vars(self).get("seen", 0) + 1
         object.__setattr__(self, "seen", seen)
-        for _, _, adapter in self.adapters(model):
+        for adapter in self.tilts(model):
             adapter.u.mul_(1 / seen)
 
 
@@ -274,7 +282,7 @@ class StartsElsewhere(Clean):
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         super().inject(model)
-        for _, _, adapter in self.adapters(model):
+        for adapter in self.tilts(model):
             nn.init.ones_(adapter.u)
 
 
@@ -289,7 +297,7 @@ class RankNoise(Clean):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: Step) -> None:
-        for _, _, adapter in self.adapters(model):
+        for adapter in self.tilts(model):
             adapter.u.add_(torch.rand_like(adapter.u))
 
 
@@ -328,17 +336,35 @@ PLANTED = [(name, method) for name, methods in FAULTS.items() for method in meth
 
 
 def test_there_is_a_planted_fault_for_every_check() -> None:
-    assert FAULTS.keys() == CHECKS.keys()
+    assert {*FAULTS, "hf"} == set(CHECKS)
 
 
 @pytest.mark.parametrize(("name", "method"), PLANTED, ids=[f"{n}-{type(m).__name__}" for n, m in PLANTED])
 def test_a_check_finds_the_fault_it_is_there_for(name: str, method: Method) -> None:
     with pytest.raises((Failed, ValueError)) as found:
         CHECKS[name](Case(method, mlp, batch()))
-    assert "measured" in str(found.value) or isinstance(found.value, ValueError)
+    raised_by_the_core = {"RandomHosts", "RankNoise", "WithNoMapOnAWeight"}  # io.load, the sentinel, merge
+    assert "measured" in str(found.value) or type(method).__name__ in raised_by_the_core
 
 
-@pytest.mark.parametrize("name", CHECKS)
+def test_the_check_of_peft_s_format_finds_a_wrong_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, right = Case(LoRA(r=2), nets.bert, tokens()), LoRA.to_hf
+    CHECKS["hf"](case)
+
+    def wrong(self: LoRA, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        fields, tensors = right(self, model)
+        return fields | {"lora_alpha": 3 * fields["lora_alpha"]}, tensors
+
+    monkeypatch.setattr(LoRA, "to_hf", wrong)
+    with pytest.raises(Failed, match="after loading peft's folder"):
+        CHECKS["hf"](case)
+
+
+def tokens() -> dict[str, Tensor]:
+    return {"input_ids": torch.arange(3, 23).view(4, 5), "labels": torch.tensor([0, 1, 2, 0])}
+
+
+@pytest.mark.parametrize("name", [n for n in CHECKS if n != "hf"])
 def test_a_check_passes_for_the_clean_twin(name: str) -> None:
     CHECKS[name](Case(Clean(), mlp, batch()))
 
@@ -346,3 +372,79 @@ def test_a_check_passes_for_the_clean_twin(name: str) -> None:
 @pytest.mark.parametrize("name", ["weight_is_forward", "merge", "bf16", "stacking", "compile"])
 def test_the_default_forward_is_as_good_as_one_of_its_own(name: str) -> None:
     CHECKS[name](Case(attaching(DefaultForward), mlp, batch()))
+
+
+# ---- the doors -----------------------------------------------------------------------------------------------------
+
+
+def test_check_method_tells_every_failure_with_what_was_measured_and_allowed() -> None:
+    with pytest.raises(testing.ConformanceError) as found:
+        testing.check_method(attaching(OtherForward), mlp(), batch(), compile=False)
+    lines = str(found.value).splitlines()
+    assert lines[0].startswith("WithOtherForward(") and lines[0].endswith("checks failed")
+    told = {line.split(":")[0].removeprefix("- ") for line in lines if line.startswith("- ")}
+    assert {"weight_is_forward", "merge"} <= told
+    below = lines[[line.split(":")[0] for line in lines].index("- merge") + 1]
+    assert "merged against unmerged outputs: measured a difference of" in below and "allowed 1e-05" in below
+
+
+def test_check_method_goes_on_after_a_method_that_raises() -> None:
+    class Raises(Clean):
+        def before_step(self, model: nn.Module, step: Step) -> None:
+            raise RuntimeError("broken here")
+
+    with pytest.raises(testing.ConformanceError) as found:
+        testing.check_method(Raises(), mlp, batch(), compile=False)
+    assert "RuntimeError: broken here" in str(found.value) and "- base_unchanged" in str(found.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifts(Clean):
+    __doc__ = Clean.__doc__
+    traits = Traits(family="additive")
+
+    def adapter(self, host: nn.Linear) -> Adapter:
+        return NoMapOnAWeight(host)
+
+
+def test_check_method_leaves_the_model_and_random_numbers_alone_and_says_what_it_skipped() -> None:
+    model = mlp()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    results = {r.check.name: r for r in testing.check_method(Shifts(), model, batch(), train=("4",), compile=False)}
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert {n for n, r in results.items() if r.outcome == "skipped"} == {"hf", "weight_is_forward"}
+    assert results["weight_is_forward"].reason == "its adapters are no maps on a weight"
+    assert results["merge"].outcome == "passed"  # refused, by name
+
+
+def test_one_pytest_id_a_property_with_skips_and_known_failures_as_pytest_shows_them() -> None:
+    known = {"merge": "its forward forgets the signs"}
+    rows = [Row("mine", Clean, mlp, batch), Row("bad", lambda: attaching(OtherForward), mlp, batch, known=known)]
+    params = {p.id: p for p in testing.parametrize_with_checks(rows, compile=False).mark.args[1]}
+    assert "mine-save_load" in params and "bad-save_load" in params and "mine-compile" not in params
+    assert len(params) == 2 * len(testing.checks(compile=False))
+    params["mine-merge"].values[0]()
+    with pytest.raises(Failed):
+        params["bad-merge"].values[0]()
+    with pytest.raises(pytest.skip.Exception, match=r"by traits\.hf"):
+        params["mine-hf"].values[0]()
+    (mark,) = params["bad-merge"].marks
+    assert mark.name == "xfail" and mark.kwargs == {"reason": known["merge"], "strict": True}
+    assert not params["mine-merge"].marks
+    with pytest.raises(ValueError, match="no check .'merged'"):
+        testing.parametrize_with_checks([Row("mine", Clean, mlp, batch, known={"merged": ""})])
+
+
+def test_a_model_with_adapters_is_no_base_to_test_on() -> None:
+    model = mlp()
+    inject(model, Clean())
+    with pytest.raises(ValueError, match="untouched base"):
+        testing.check_method(Clean(), model, batch())
+
+
+def test_a_pattern_of_train_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="'head'"):
+        testing.check_method(Clean(), mlp, batch(), train=("head",))

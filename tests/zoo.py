@@ -6,6 +6,7 @@ A row names a method with small hyper-parameters, a tiny random base and a batch
 from typing import Any
 
 import torch
+from lightning_peft_plugins.reparameterized.lora import LoRA
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -17,7 +18,6 @@ from transformers import (
 )
 
 from lightning_peft.testing import Row
-from lightning_peft_plugins.reparameterized.lora import LoRA
 from tests import nets
 
 B, T, V = 4, 8, 64  # examples, tokens, vocabulary

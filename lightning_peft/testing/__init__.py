@@ -17,10 +17,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_peft.method import Method
+from lightning_peft.resume import rng_state, set_rng_state
 from lightning_peft.testing import company, declarations, numerics, persistence
 from lightning_peft.testing.case import Batch, Build, Case
 from lightning_peft.testing.compare import Failed, Skipped
@@ -59,8 +59,11 @@ class Check:
     run: Callable[[Case], None]
 
     def __call__(self, case: Case) -> None:
-        with isolate_rng():  # the caller's random numbers go on as if nothing had happened
+        before = rng_state()
+        try:
             self.run(case)
+        finally:  # unlike Lightning's isolate_rng, also after an error
+            set_rng_state(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +110,7 @@ _CHECKS = (
     numerics.check_merge,
     numerics.check_bf16,
     persistence.check_save_load,
+    persistence.check_hf,
     persistence.check_wrong_base,
     persistence.check_remove,
     persistence.check_meta,

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map  # private: flattens what models take a
 
 from lightning_peft import optim, registry
 from lightning_peft.attach import modules
+from lightning_peft.find import exact, nearest
 from lightning_peft.inject import find_record, inject, pattern_selects, penalty
 from lightning_peft.method import Method, Step
 from lightning_peft.testing.compare import base_parameters, floats
@@ -55,6 +56,8 @@ class Case:
         self.batch, self.tolerance = batch, tolerance
         names = [n for n, _ in self._base.named_parameters()]
         self.train = [n for n in names if any(pattern_selects(p, n) for p in train)]
+        if idle := [p for p in train if not any(pattern_selects(p, n) for n in names)]:
+            raise ValueError(f"train={idle[0]!r} matches no parameter; nearest: {nearest(idle[0], names)}")
 
     # ---- models ----------------------------------------------------------------------------------------------------
 
@@ -88,7 +91,7 @@ class Case:
         stats = {m.name: m.calibrate(model, [self.batch] * 2, lambda b: self.loss(model, b)) for m in looking}
         model.zero_grad()
         methods = [*others, *mine] if first else [*mine, *others]
-        inject(model, methods, train=self.train if train is None else train, stats=stats)
+        inject(model, methods, train=[exact(n) for n in (self.train if train is None else train)], stats=stats)
         return model
 
     def trained(self, steps: int = 3, train: Sequence[str] | None = None) -> Any:

@@ -147,7 +147,7 @@ def check_stacking(case: Case) -> None:
         where = f"a method {'below' if below else 'above'} it that {'scales the weight' if maps else 'shifts outputs'}"
         idle, model = (case.injected(_Second(on=on, amount=x, maps=maps), first=below) for x in (0.0, 0.5))
         for m in (idle, model):
-            m.load_state_dict(state, strict=False)
+            m.eval().load_state_dict(state, strict=False)
         require_close(f"outputs with {where} by nothing", expected, case.outputs(idle), case.tolerance)
         before = case.outputs(model)
         require(not weighed or bool(differing(expected, before)), f"outputs with {where}", "as without it", "others")

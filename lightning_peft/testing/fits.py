@@ -1,12 +1,13 @@
 """Small fits through Lightning and the PEFT callback: in this process, resumed, and in two processes side by side."""
 
 import functools
-import io as bytes_io
 import multiprocessing
 import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from datetime import timedelta
+from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map  # private: flattens what 
 from torch.utils.data import DataLoader
 
 from lightning_peft.callback import PEFT
+from lightning_peft.find import exact
 from lightning_peft.testing.case import Case
 from lightning_peft.testing.compare import trained_tensors
 
@@ -76,7 +78,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _trainer(case: Case, folder: Path, steps: int, *callbacks: Any, **options: Any) -> Trainer:
-    train = [f"model.{n}" for n in case.train]
+    train = [exact(f"model.{n}") for n in case.train]
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
@@ -98,7 +100,8 @@ def fit(case: Case, folder: Path, steps: int, seed: int, ckpt: Path | None = Non
     loader = DataLoader(singles, batch_size=None, shuffle=True, collate_fn=_as_it_is)  # type: ignore[arg-type]
     keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=steps // 2, save_top_k=-1)
     trainer = _trainer(case, folder, steps, keep)
-    trainer.fit(module, loader, ckpt_path=ckpt)
+    with redirect_stdout(StringIO()):  # tables of what was injected
+        trainer.fit(module, loader, ckpt_path=ckpt)
     return module, trainer
 
 
@@ -114,7 +117,8 @@ def fit_whole(case: Case, steps: int, seed: int = 0, **options: Any) -> SplitFit
         seed_everything(seed, verbose=False)
         module = SplitFit(case)
         loader = DataLoader([case.batch] * steps, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
-        _trainer(case, Path(folder), steps, **options).fit(module, loader)
+        with redirect_stdout(StringIO()):
+            _trainer(case, Path(folder), steps, **options).fit(module, loader)
     return module
 
 
@@ -127,7 +131,7 @@ def fit_in_two(case: Case, steps: int) -> list[dict[str, Tensor]]:
     port, payload = _workers()[1], pickle.dumps((case, steps))  # by value: a queue would share the tensors' memory
     try:
         futures = [w.submit(_rank, rank, port, payload) for rank, w in enumerate(_workers()[0])]
-        return [torch.load(bytes_io.BytesIO(f.result()), weights_only=True) for f in futures]
+        return [torch.load(BytesIO(f.result()), weights_only=True) for f in futures]
     except BaseException:
         for worker in _workers()[0]:
             worker.shutdown(wait=False, cancel_futures=True)
@@ -148,6 +152,6 @@ def _rank(rank: int, port: int, payload: bytes) -> bytes:
     ddp = DDPStrategy(process_group_backend="gloo", timeout=PATIENCE)
     options = {"strategy": ddp, "devices": 2, "plugins": [LightningEnvironment()]}
     module = fit_whole(case, steps, seed=rank, **options)  # other seeds: what differs at start must be broadcast
-    buffer = bytes_io.BytesIO()
+    buffer = BytesIO()
     torch.save(trained_tensors(module.model), buffer)
     return buffer.getvalue()

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft import io, surgery
+from lightning_peft import hf, io, registry, surgery
 from lightning_peft.attach import adapters
 from lightning_peft.config import describe
+from lightning_peft.find import exact
 from lightning_peft.inject import find_record, inject, remove
 from lightning_peft.testing import fits
 from lightning_peft.testing.case import Case
@@ -43,6 +44,21 @@ def check_save_load(case: Case) -> None:
     require_same("outputs after loading", case.outputs(model), case.outputs(other))
 
 
+def check_hf(case: Case) -> None:
+    """A method that huggingface/peft knows gives the same outputs after a way out to its format and back."""
+    method, *others = case.methods()
+    if others or not method.traits.hf or registry.name_of(type(method)) is None:
+        raise Skipped("by traits.hf peft has no counterpart" if not method.traits.hf else "not one registered method")
+    model = case.trained()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            hf.save(model, folder)
+        except ValueError as reason:  # an adapter or trained weights for which peft has no field
+            raise Skipped(f"peft cannot express it: {reason}") from reason
+        other = hf.load(case.base(), folder)
+    require_close("outputs after loading peft's folder", case.outputs(model), case.outputs(other), case.tolerance)
+
+
 def check_wrong_base(case: Case) -> None:
     """A base with other weights is refused and left as it was."""
     model = case.trained()
@@ -66,9 +82,9 @@ def check_wrong_base(case: Case) -> None:
 def check_resume(case: Case) -> None:
     """A fit that is resumed from a checkpoint ends bitwise as one that ran through, optimizer state included."""
     with tempfile.TemporaryDirectory() as folder:
-        whole, trainer = fits.fit(case, Path(folder, "whole"), STEPS, seed=0)
-        ckpt = Path(folder, "whole", f"step={STEPS // 2}.ckpt")
-        resumed, other = fits.fit(case, Path(folder, "resumed"), STEPS, seed=1, ckpt=ckpt)
+        whole, trainer = fits.fit(case, Path(folder), STEPS, seed=0)
+        ckpt = Path(folder, f"step={STEPS // 2}.ckpt")
+        resumed, other = fits.fit(case, Path(folder), STEPS, seed=1, ckpt=ckpt)
     require(other.global_step == STEPS, "steps of the resumed fit", other.global_step, STEPS)
     require_same("tensors after resuming", trained_tensors(whole.model), trained_tensors(resumed.model))
     require_same("optimizer state after resuming", *map(fits.optimizer_tensors, (trainer, other)))
@@ -112,12 +128,12 @@ def check_meta(case: Case) -> None:
     methods = case.methods()
     if needy := [m.name for m in methods if m.traits.needs_weights]:
         try:
-            inject(model, methods, train=case.train)
+            inject(model, methods, train=[exact(n) for n in case.train])
         except ValueError as error:
             require(needy[0] in str(error), "the refusal on the meta device", str(error), f"one that names {needy[0]}")
             return
         raise Failed("injecting on the meta device a method that needs weights: measured success, allowed a ValueError")
-    inject(model, methods, train=case.train)
+    inject(model, methods, train=[exact(n) for n in case.train])
     there = [n for n, t in adapter_tensors(model).items() if not t.is_meta]
     require(not there, "adapter tensors that are not on the meta device", there[:1], "none")
     model.to_empty(device="cpu")

@@ -47,8 +47,8 @@ class LoRALinear(WeightAdapter):
         h = F.linear(F.dropout(x, self.dropout, self.training), A)  # (..., r)
         return base(x) + F.linear(h * self.scale, B)
 
-    def to_hf(self, host: Any) -> dict[str, Tensor]:
-        """The factors under peft's names and in its shapes, as views."""
+    def to_hf(self, name: str, host: Any) -> dict[str, Tensor]:
+        """The factors under peft's names and in its shapes, as views; ``name`` of the host is for the message."""
         return {"lora_A.weight": self.A, "lora_B.weight": self.B}
 
 
@@ -64,7 +64,7 @@ class LoRAEmbedding(LoRALinear):
         h = F.embedding(x, self.A.T, e.padding_idx, scale_grad_by_freq=e.scale_grad_by_freq)  # A has no sparse gradient
         return y + (F.linear(h * self.scale, self.B) * hosts.output_scale(e)).to(y.dtype)
 
-    def to_hf(self, host: Any) -> dict[str, Tensor]:
+    def to_hf(self, name: str, host: Any) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
 
 
@@ -80,11 +80,11 @@ class LoRAConv(LoRALinear):
         point = B.view(*B.shape, *[1] * len(host.kernel_size))  # (out, r / groups, 1, ...)
         return base(x) + conv(h * self.scale, point, groups=host.groups)
 
-    def to_hf(self, host: Any) -> dict[str, Tensor]:
+    def to_hf(self, name: str, host: Any) -> dict[str, Tensor]:
         if host.groups > 1 or host.padding_mode != "zeros" or set(host.dilation) != {1}:
             raise ValueError(
-                "huggingface/peft computes something else for a convolution with groups, dilation or a padding mode: "
-                f"its A is dense, undilated and padded with zeros (its issue 3697); here: {host}"
+                f"{name}: huggingface/peft computes something else for a convolution with groups, dilation or a "
+                "padding mode: its A is dense, undilated and padded with zeros (its issue 3697)"
             )
         kernel = self.A.view(-1, *host.weight.shape[1:])
         return {"lora_A.weight": kernel, "lora_B.weight": self.B.view(*self.B.shape, *[1] * len(host.kernel_size))}
@@ -207,7 +207,7 @@ class LoRA(Method):
             "fan_in_fan_out": any(hosts.is_conv1d(host) for host, _ in held.values()),
             "bias": "none",
         }
-        return fields, {f"{hf.PREFIX}{n}.{k}": t for n, (host, a) in held.items() for k, t in a.to_hf(host).items()}
+        return fields, {f"{hf.PREFIX}{n}.{k}": t for n, (host, a) in held.items() for k, t in a.to_hf(n, host).items()}
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], tensors: dict[str, dict[str, Tensor]], model: nn.Module) -> "LoRA":
