@@ -195,7 +195,7 @@ class PEFT(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_train_epoch_start(trainer, pl_module)  # Lightning leaves that out when it resumes inside an epoch
-        if self._folder is not None and trainer.is_global_zero:  # a sharded fit knows only now which run it goes on with
+        if self._folder is not None and trainer.is_global_zero:  # only now a sharded fit knows which run goes on
             io.check_folder(self._folder, self.run, self.overwrite)
         if self.tape.pending:
             resume.set_gradients(pl_module, self.tape.pending["gradients"])
@@ -292,8 +292,8 @@ class PEFT(Callback):
             self.tape.pending = states[trainer.global_rank]
         elif states:
             rank_zero_warn(
-                f"the checkpoint is of {len(states)} processes and this fit has {trainer.world_size}: its random states, "
-                "place in the data and open accumulation window do not fit, so the epoch goes on with other batches"
+                f"the checkpoint is of {len(states)} processes and this fit has {trainer.world_size}: its random "
+                "states, place in the data and open accumulation window do not fit, so other batches follow"
             )
 
     # ---- the end ---------------------------------------------------------------------------------------------------

@@ -90,11 +90,15 @@ def _pretrained(model: nn.Module) -> dict[str, Any] | None:
     for at, module in model.named_modules():
         config: Any = getattr(module, "config", None)
         if hasattr(module, "save_pretrained") and hasattr(config, "name_or_path"):
-            made = sys.modules  # adapting and sharding put classes made at run time in front of the one that can be named
-            cls = next(c for c in type(module).__mro__ if getattr(made.get(c.__module__), c.__name__, None) is c)
+            cls = next(c for c in type(module).__mro__ if hasattr(c, "save_pretrained") and _can_be_named(c))
             labels = [name for _, name in sorted((getattr(config, "id2label", None) or {}).items())]
             return {"at": at, "class": cls.__name__, "source": config.name_or_path, "labels": labels}
     return None
+
+
+def _can_be_named(cls: type) -> bool:
+    """False for the classes that adapting and sharding make at run time and put in front of the model's own."""
+    return getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
 
 
 def record_of(model: nn.Module) -> Record:

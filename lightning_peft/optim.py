@@ -73,7 +73,7 @@ def _split(optimizer: Optimizer, index: int, moved: list[Any], options: dict[str
     if unknown := [k for k in options if k not in old and k != "lr_scale"]:
         raise ValueError(f"{type(optimizer).__name__} has no option {unknown[0]!r} for a parameter group")
     if {"lr", "lr_scale"} <= options.keys():
-        raise ValueError(f"a parameter group takes 'lr' or 'lr_scale', got both: {options['lr']}, {options['lr_scale']}")
+        raise ValueError(f"a group takes 'lr' or 'lr_scale', got both: {options['lr']} and {options['lr_scale']}")
     base = old.get("max_lr", old.get("initial_lr", old["lr"]))  # a warm-up may have made the present one small, or zero
     scale = options.get("lr_scale", options["lr"] / base if "lr" in options and base else 1.0)
     rest = [p for p in old["params"] if all(p is not m for m in moved)]

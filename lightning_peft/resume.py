@@ -123,8 +123,8 @@ def _state(loader: Any) -> State:
 
 def generators(loader: Any) -> list[torch.Generator]:
     """Generators of their own that a loader and its samplers draw from."""
-    holders = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-    found = [getattr(h, "generator", None) for h in holders]
+    sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    found = [getattr(h, "generator", None) for h in (loader, sampler, batches, getattr(batches, "sampler", None))]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 

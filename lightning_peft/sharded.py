@@ -40,8 +40,8 @@ def check(trainer: Trainer, pl_module: LightningModule, methods: Sequence[Method
         return
     if not is_overridden("configure_model", pl_module):  # asked here, for our patch would hide it from the strategy
         raise ValueError(
-            f"ModelParallelStrategy shards nothing by itself: make the network in {type(pl_module).__name__}.__init__ and "
-            f"shard it in configure_model, with {HOW}"
+            f"ModelParallelStrategy shards nothing by itself: make the network in {type(pl_module).__name__}.__init__ "
+            f"and shard it in configure_model, with {HOW}"
         )
     if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
         raise ValueError(
@@ -51,8 +51,8 @@ def check(trainer: Trainer, pl_module: LightningModule, methods: Sequence[Method
     looking = [m.name for m in methods if type(m).calibrate is not Method.calibrate]
     if looking and trainer.state.fn == "fit":
         raise ValueError(
-            f"{looking} calibrate on whole weights, and ModelParallelStrategy shards them before data can be read: use one "
-            "device or strategy='ddp'"
+            f"{looking} calibrate on whole weights, and ModelParallelStrategy shards them before data can be read: use "
+            "one device or strategy='ddp'"
         )
 
 
@@ -60,8 +60,8 @@ def check_whole(model: nn.Module) -> None:
     """Adapters on layers that are sharded already would stay whole: their gradients would not be averaged."""
     if name := next((n for n, p in model.named_parameters() if isinstance(p, DTensor)), None):
         raise ValueError(
-            f"{name!r} was sharded before methods could be injected: make the network in __init__ of the LightningModule, "
-            f"and only shard it in configure_model, with {HOW}"
+            f"{name!r} was sharded before methods could be injected: make the network in the LightningModule's "
+            f"__init__, and only shard it in configure_model, with {HOW}"
         )
 
 
@@ -72,8 +72,8 @@ def check_covered(trainer: Trainer, pl_module: LightningModule) -> None:
     whole = [n for n, p in pl_module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     if whole:
         raise ValueError(
-            f"{len(whole)} trainable tensors, first {whole[0]!r}, lie outside of what configure_model shards, so that each "
-            "process would train its own: call fully_shard on a module that holds them too"
+            f"{len(whole)} trainable tensors, first {whole[0]!r}, lie outside of what configure_model shards, so that "
+            "each process would train its own: call fully_shard on a module that holds them too"
         )
 
 
@@ -183,16 +183,16 @@ def _check_file(path: Path, trainer: Trainer, pl_module: LightningModule, weight
         here = {m.name: [n for n, _, _ in m.adapters(model)] for m in record.methods}
         if config["cut"] or config["hosts"] != here:
             raise ValueError(
-                f"{source} is of a model whose layers or adapters were removed in its fit, which a sharded model cannot "
-                "follow: use one device or strategy='ddp'"
+                f"{source} is of a model whose layers or adapters were removed in its fit, which a sharded model "
+                "cannot follow: use one device or strategy='ddp'"
             )
     ckpt.check(checkpoint, model, record, scope)
     mine = {k: v.shape for k, v in pl_module.state_dict().items()}
     for key, value in checkpoint["state_dict"].items():
         if key in mine and value.shape != mine[key]:
             raise ValueError(
-                f"{source} has {key!r} of shape {tuple(value.shape)}, here it is {tuple(mine[key])}: shapes changed in its "
-                "fit, which a sharded model cannot follow: use one device or strategy='ddp'"
+                f"{source} has {key!r} of shape {tuple(value.shape)}, here it is {tuple(mine[key])}: shapes changed in "
+                "its fit, which a sharded model cannot follow: use one device or strategy='ddp'"
             )
 
 

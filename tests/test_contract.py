@@ -192,7 +192,8 @@ class Handwritten(Net):
         if self.shape == "none" and batch_idx == 1:
             return None
         if self.weight:
-            loss = loss + self.weight * torch.stack([p.square().sum() for p in self.parameters() if p.requires_grad]).sum()
+            squares = [p.square().sum() for p in self.parameters() if p.requires_grad]
+            loss = loss + self.weight * torch.stack(squares).sum()
         return {"loss": loss, "more": 1} if self.shape == "dict" else loss
 
 
@@ -213,7 +214,8 @@ PENALTY = [
 def test_the_penalty_equals_the_loss_a_user_would_write(options: dict[str, Any], tmp_path: Path) -> None:
     options = dict(options)
     shape, ends = options.pop("shape", "tensor"), []
-    for cls, method in ((Handwritten, methods.Plain()), (Unpenalised, methods.Penalised()), (Unpenalised, methods.Plain())):
+    plain, ours = methods.Plain(), methods.Penalised()
+    for cls, method in ((Handwritten, plain), (Unpenalised, ours), (Unpenalised, plain)):
         net = cls()
         net.shape = shape
         run(tmp_path, net, method, **options)
@@ -487,7 +489,7 @@ def test_param_groups_train_with_options_of_their_own(tmp_path: Path) -> None:
 def test_a_group_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     for options, message in [
         ((("momentun", 0.5),), "AdamW has no option 'momentun'"),
-        ((("lr", 0.1), ("lr_scale", 2.0)), "'lr' or 'lr_scale', got both"),
+        ((("lr", 0.1), ("lr_scale", 2.0)), "takes 'lr' or 'lr_scale', got both"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(tmp_path, Net(smooth), methods.Grouped(options=options))
@@ -617,9 +619,9 @@ def test_ranks_shrink_and_grow_with_their_moments_as_in_a_loop_by_hand(tmp_path:
             continue
         states = {}
         for _, _, adapter in lp.adapters(hand):  # other Parameters, another optimizer: nothing of resize is used
-            for name, dim, draw in (("A", 0, 0.3), ("B", 1, 0.0)):
-                old = getattr(adapter, name)
-                fresh = draw * torch.randn(index.count(-1), old.shape[1]) if draw else torch.zeros(len(old), index.count(-1))
+            for name, dim in (("A", 0), ("B", 1)):
+                old, count = getattr(adapter, name), index.count(-1)
+                fresh = 0.3 * torch.randn(count, old.shape[1]) if name == "A" else torch.zeros(len(old), count)
                 zeros, state = torch.zeros_like(fresh), optimizer.state[old]
                 new = nn.Parameter(pick(old.detach(), dim, index, fresh))
                 states[new] = {k: pick(state[k], dim, index, zeros) for k in ("exp_avg", "exp_avg_sq")}
@@ -719,13 +721,15 @@ VERBS = ("inject", "calibrate", "param_groups", "wrap_optimizer", "penalty", "be
 
 def test_several_methods_run_in_their_order_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     EVENTS.clear()
-    for verb in VERBS:
-
-        def named(self: Method, *args: Any, verb: str = verb, old: Any = getattr(methods.Recorder, verb)) -> Any:
+    def named(verb: str, old: Any) -> Any:
+        def noted(self: Method, *args: Any) -> Any:
             EVENTS.append((self.name, verb))
             return old(self, *args)
 
-        monkeypatch.setattr(methods.Recorder, verb, named)
+        return noted
+
+    for verb in VERBS:
+        monkeypatch.setattr(methods.Recorder, verb, named(verb, getattr(methods.Recorder, verb)))
     net, two = Net(smooth), [methods.Recorder(name="one"), methods.Recorder(name="two")]
     trainer(tmp_path, PEFT(two), max_steps=1).fit(net, vectors())
     called = [e for e in EVENTS if isinstance(e, tuple)]

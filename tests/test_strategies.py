@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_peft_plugins.reparameterized.lora import LoRA
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,6 @@ from torch.utils.data import DataLoader, Subset
 import lightning_peft as lp
 from lightning_peft import PEFT, Method
 from lightning_peft.strategies import AtomicCheckpointIO
-from lightning_peft_plugins.reparameterized.lora import LoRA
 from tests import methods
 from tests.launch import launch
 from tests.nets import HFNet, Net, llama, tokens, trainer, vectors
@@ -36,7 +36,10 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def run(root: Path, net: Net, method: Method, *more: L.Callback, ckpt: Any = None, data: Any = None, **options: Any) -> Any:
+ALONE: dict[str, Any] = {"devices": 1, "strategy": "auto"}
+
+
+def run(root: Path, net: Any, method: Method, *more: L.Callback, ckpt: Any = None, data: Any = None, **options: Any) -> Any:
     L.seed_everything(5, verbose=False)
     fit = trainer(root, PEFT(method, folder=None), *more, **TWO | {"max_steps": 6, "max_epochs": -1} | options)
     fit.fit(net, half() if data is None else data, ckpt_path=ckpt)
@@ -113,7 +116,7 @@ def test_two_processes_in_ddp(tmp_path: Path) -> None:
     for strategy in ("ddp", "ddp_find_unused_parameters_true"):
         torch.testing.assert_close(first[strategy], trained(net), rtol=0, atol=1e-6)
     net = Net(optimizer=lambda n: SGD(n.parameters(), 0.1))
-    run(tmp_path, net, methods.Handover(), data=vectors(batch_size=8, shuffle=False), devices=1, strategy="auto")
+    run(tmp_path, net, methods.Handover(), data=vectors(batch_size=8, shuffle=False), **ALONE)
     start = Net()
     assert all(not torch.equal(net.net[i].bias, start.net[i].bias) for i in (0, 3))
     for facts in (first, second):
@@ -151,7 +154,8 @@ def adam(net: Net) -> Any:
 
 def whole(net: Net) -> list[Tensor]:
     """What trains, gathered from all ranks."""
-    return [p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in net.parameters() if p.requires_grad]
+    held = [p.detach() for p in net.parameters() if p.requires_grad]
+    return [p.full_tensor() if isinstance(p, DTensor) else p for p in held]
 
 
 def sharding(distributed: bool = False, **sizes: int) -> ModelParallelStrategy:
@@ -159,7 +163,7 @@ def sharding(distributed: bool = False, **sizes: int) -> ModelParallelStrategy:
     return ModelParallelStrategy(**sizes, save_distributed_checkpoint=distributed)  # type: ignore[arg-type]
 
 
-def fsdp(root: Path, net: Net, method: Method, *more: L.Callback, ckpt: Any = None, **options: Any) -> L.Trainer:
+def fsdp(root: Path, net: Any, method: Method, *more: L.Callback, ckpt: Any = None, **options: Any) -> L.Trainer:
     L.seed_everything(5, verbose=False)
     common = TWO | {"max_steps": 6, "max_epochs": -1, "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
     peft, data = PEFT(method, **options.pop("peft", {})), options.pop("data", None)
@@ -274,7 +278,7 @@ def _refused_in_fsdp(root: Path) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_in_fsdp2(tmp_path: Path) -> None:
     resized = Net(optimizer=adam)
-    run(tmp_path, resized, SHRINKING, SaveAt(tmp_path, [2]), data=vectors(), devices=1, strategy="auto")
+    run(tmp_path, resized, SHRINKING, SaveAt(tmp_path, [2]), data=vectors(), **ALONE)
     (tmp_path / "2.ckpt").rename(tmp_path / "resized.ckpt")
     first, second = launch(in_fsdp, root=tmp_path)
     for kind in ("Plain", "Penalised", "Grouped", "Wrapped", "Halving", "llama"):
@@ -374,12 +378,12 @@ def test_a_writer_that_is_killed_leaves_the_old_file_whole(tmp_path: Path) -> No
 @pytest.mark.parametrize("length", [0, 1, 100, 2000, -1])
 def test_a_truncated_file_is_called_that_before_anything_is_loaded(length: int, tmp_path: Path) -> None:
     net = Net(smooth)
-    run(tmp_path, net, methods.Plain(), SaveAt(tmp_path, [1]), data=vectors(), devices=1, strategy="auto", max_steps=1)
+    run(tmp_path, net, methods.Plain(), SaveAt(tmp_path, [1]), data=vectors(), **ALONE, max_steps=1)
     whole_file = (tmp_path / "1.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole_file[:length])
     other = Net(smooth)
     for load in (
-        lambda: run(tmp_path, other, methods.Plain(), ckpt=tmp_path / "cut.ckpt", data=vectors(), devices=1, strategy="auto"),
+        lambda: run(tmp_path, other, methods.Plain(), ckpt=tmp_path / "cut.ckpt", data=vectors(), **ALONE),
         lambda: lp.restore(Net(smooth), tmp_path / "cut.ckpt", methods=[methods.Plain()]),
     ):
         with pytest.raises(ValueError, match=r"cut.ckpt is not a complete checkpoint: ."):

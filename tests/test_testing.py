@@ -303,7 +303,8 @@ class RankNoise(Clean):
 
 def attaching(adapter: type[Adapter], **fields: Any) -> Method:
     """The clean method with another adapter."""
-    return type(f"With{adapter.__name__}", (Clean,), {"adapter": lambda self, host: adapter(host)})(**fields)  # type: ignore
+    cls: Any = type(f"With{adapter.__name__}", (Clean,), {"adapter": lambda self, host: adapter(host)})
+    return cls(**fields)
 
 
 FAULTS: dict[str, list[Method]] = {

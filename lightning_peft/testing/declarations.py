@@ -32,18 +32,18 @@ def check_hyperparameters(case: Case) -> None:
         )
         named = [f.name for f in dataclasses.fields(method) if f.init and not f.kw_only]
         require(not named, f"fields of {cls} that are not keyword-only", named, "none")
-        names = {c.__name__: c for m in _nested(method) for c in [type(m)]}
+        names = {c.__name__: c for m in nested(method) for c in [type(m)]}
         evaluated = eval(repr(method), vars(sys.modules[type(method).__module__]) | names)  # a repr of our own object
         require(evaluated == method, "the method from its repr", evaluated, method)
         config = config_of(method)
         alien = {type(v).__name__ for v in tree_leaves(config) if not isinstance(v, str | int | float | None)}
         require(not alien, f"types in the fields of {cls}", alien, "str, int, float, bool, None, lists, dicts, methods")
-        if all(registry.name_of(type(m)) for m in _nested(method)):
+        if all(registry.name_of(type(m)) for m in nested(method)):
             back = method_from(json.loads(json.dumps(config)))
             require(back == method, "the method from its config as JSON", back, method)
 
 
-def _nested(value: Any) -> Iterator[Method]:
+def nested(value: Any) -> Iterator[Method]:
     """The methods in a value: itself, and those in its fields."""
     if isinstance(value, Method):
         yield value
@@ -52,7 +52,7 @@ def _nested(value: Any) -> Iterator[Method]:
         value = list(value.values())
     if isinstance(value, list | tuple):
         for v in value:
-            yield from _nested(v)
+            yield from nested(v)
 
 
 def check_description(case: Case) -> None:
@@ -97,7 +97,7 @@ def check_cli(case: Case) -> None:
     from lightning_peft import cli_names  # needs them
 
     methods = case.methods()
-    paths = {_name(m): f"{type(m).__module__}.{type(m).__qualname__}" for method in methods for m in _nested(method)}
+    paths = {_name(m): f"{type(m).__module__}.{type(m).__qualname__}" for method in methods for m in nested(method)}
     tree = cli_names.in_config({"peft": {"methods": [_as_yaml(m) for m in methods]}}, paths)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PEFT, "peft")
