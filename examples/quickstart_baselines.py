@@ -1,6 +1,6 @@
 """The quickstart's data and model trained three ways: the head alone, LoRA, and every weight. One small table.
 
-    python examples/quickstart_baselines.py [--epochs 5] [--seed 42] [--out FOLDER]
+    python examples/quickstart_baselines.py [--epochs 3] [--seed 42] [--out FOLDER]
 
 Each way uses the learning rate that did best on the validation split (of a few tried); accuracy and F1 (macro) are
 those on the test split, after the last epoch.
@@ -73,7 +73,7 @@ class Result:
 def train(way: Way, epochs: int, seed: int, folder: Path) -> Result:
     """Fit and test one way; what it writes goes to ``folder``."""
     seed_everything(seed, verbose=False)
-    data = DocstringTopics(MINILM)
+    data = DocstringTopics(MINILM, max_length=32)
     model = way.module(MINILM, learning_rate=way.learning_rate)
     saver = ModelCheckpoint(dirpath=folder, filename="last")
     adapters = [PEFT(way.lora, model="model", train=("classifier",), folder=str(folder / "adapter"))] if way.lora else []
@@ -97,7 +97,7 @@ def train(way: Way, epochs: int, seed: int, folder: Path) -> Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", type=Path, help="keep checkpoints and adapter here; by default they are thrown away")
     options = parser.parse_args()

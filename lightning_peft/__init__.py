@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning_peft.attach import adapters, attach, detach, disabled
     from lightning_peft.callback import PEFT
     from lightning_peft.find import find, matches
-    from lightning_peft.inject import inject, penalty, remove
+    from lightning_peft.inject import inject, penalty, remove, unfreeze
     from lightning_peft.io import load, restore, save
     from lightning_peft.merge import merge
     from lightning_peft.method import Method, Step, Traits
@@ -47,6 +47,7 @@ _HOME = {
     "penalty": "inject",
     "quantize": "quantize",
     "resize": "resize",
+    "unfreeze": "inject",
     "cubic": "schedule",
     "linear": "schedule",
 }

@@ -32,8 +32,16 @@ class Base:
         return self._adapter.weight(below) if isinstance(self._adapter, WeightAdapter) else below
 
     @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias (out,), through the weight adapters below; None where it has none."""
+        if self._adapter is None or self._below is None:
+            return getattr(self.host, "bias", None)
+        below = self._below.bias
+        return self._adapter.bias(below) if below is not None and isinstance(self._adapter, WeightAdapter) else below
+
+    @property
     def maps_weight(self) -> bool:
-        """True where ``weight`` says all about this layer: no adapter in it but maps on the weight."""
+        """True where ``weight`` and ``bias`` say all about this layer: no adapter in it but maps on the weight."""
         if self._adapter is None or self._below is None:
             return True
         return isinstance(self._adapter, WeightAdapter) and self._below.maps_weight
@@ -87,8 +95,13 @@ class WeightAdapter(Adapter):
     def weight(self, W: Tensor) -> Tensor:
         """The adapted (out, in) matrix for the matrix below; differentiable in the adapter's parameters."""
 
+    def bias(self, b: Tensor) -> Tensor:
+        """The adapted bias (out,) for the one below, where the host has one; most methods leave it as it is."""
+        return b
+
     def forward(self, base: Base, x: Tensor) -> Tensor:
-        y = hosts.run(base.host, self.weight(base.weight), x)
+        below = base.bias
+        y = hosts.run(base.host, self.weight(base.weight), x, None if below is None else self.bias(below))
         if base.maps_weight:
             return y
-        return base(x) + (y - hosts.run(base.host, base.weight, x))  # what lies below is no weight: add the change
+        return base(x) + (y - hosts.run(base.host, base.weight, x, below))  # below lies no weight: add the change

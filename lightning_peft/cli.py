@@ -39,12 +39,19 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """The config that can be run again: without the checkpoint that this run went on from."""
+    """Saves the config as it can be run again: without the checkpoint that this run went on from."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         config = config.clone()
         config["ckpt_path"] = None
         super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")  # not before: a checkpoint may be refused, whose run stays as it is
 
 
 class PeftCLI(LightningCLI):
@@ -107,11 +114,10 @@ class PeftCLI(LightningCLI):
         if options.name is None or not folder.is_dir():
             rank_zero_only(cli_output.note)(f"no --ckpt_path and no run named: {command} measures the untrained model")
             return None
-        run = Run(folder)
-        found = [p for p in [run.summary().get("best")] if p and Path(p).is_file()] or run.checkpoints()[-1:]
-        if not found:
+        best = Run(folder).best()
+        if best is None:
             raise ValueError(f"{runs.short(folder)} holds no checkpoint to {command}: give --ckpt_path FILE.ckpt")
-        return str(found[0])
+        return str(best)
 
     def before_instantiate_classes(self) -> None:
         options = self.given

@@ -33,12 +33,14 @@ NOISE = (
     "Restoring states from the checkpoint",  # the line before names the checkpoint
     "Restored all states from the checkpoint",
     "Loaded model weights from the checkpoint",
+    "Failed to load JSON from file",  # the error that follows names the line
     "to estimate number of stepping batches",  # a loader is made a moment earlier than it would be
 )
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
     "lightning.fabric.utilities.seed",
+    "datasets.packaged_modules.json.json",
     "transformers.modeling_utils",
     "transformers.utils.loading_report",
 )
@@ -137,8 +139,7 @@ def after_fit(
         return
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
-    summary = {"best": best, "seconds": round(seconds, 1), "metrics": metrics}
-    (run.folder / runs.SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    run.end(best, seconds, metrics)
     tokenizer: Any = getattr(data, "tokenizer", None)
     if "merged" in callback.written and hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(callback.written["merged"])  # so that the folder is a model to use as it stands

@@ -43,7 +43,8 @@ def find(
     Args:
         model: where to look; adapters already attached are not looked into.
         targets: globs on dotted names ("*.q_proj"), name suffixes ("q_proj"), or roles of modules: "all-linear",
-            "attention", "mlp" (see ``arch.roles``). A role leaves out modules whose weight is being trained in full.
+            "attention", "mlp" (see ``arch.role``). A role leaves out modules whose weight is being trained in full.
+            Where parameters are looked for, a name or role of a module means those in it.
         types: class, or tuple of classes, that a match must have; or kinds of host, as in ``Traits.hosts``:
             "linear", "conv1d", "embedding", "conv".
         exclude: patterns of names to leave out.
@@ -66,7 +67,8 @@ def find(
             f"targets {list(targets)} leave nothing: {len(hits)} matched, {len(dropped)} excluded by {list(exclude)}"
             + (f", the rest outside layers {layers!r}" if layers else "")
         )
-    _refuse_bypassed(model, kept)
+    if types is not nn.Parameter:  # parameters are read there like anywhere
+        _refuse_bypassed(model, kept)
     return [(n, x) for n, x in named.items() if n in kept]
 
 
@@ -82,7 +84,9 @@ def _is(module: nn.Module, types: Types) -> bool:
 
 
 def _match(model: nn.Module, target: str, named: dict[str, Any], types: Types) -> list[str]:
-    if target in arch.ROLES and types is not nn.Parameter:
+    if types is nn.Parameter:
+        found = _parameters(model, target, named)
+    elif target in arch.ROLES:
         in_role = [n for n in arch.role(model, target) if n in named]
         found = [n for n in in_role if not _trained_in_full(named[n])]
         if in_role and not found:
@@ -93,11 +97,18 @@ def _match(model: nn.Module, target: str, named: dict[str, Any], types: Types) -
         return found
     several = types if isinstance(types, tuple) else (types,)
     what = " or ".join(t if isinstance(t, str) else t.__name__ for t in several)
-    present = arch.present_roles(model) if types is not nn.Parameter else []
+    present = arch.present_roles(model)
     raise ValueError(
         f"no {what} matches {target!r}; nearest: {nearest(target, named)}"
         + (f"; roles here: {', '.join(present)}" if present else "")
     )
+
+
+def _parameters(model: nn.Module, target: str, named: dict[str, Any]) -> list[str]:
+    if target in arch.ROLES:
+        layers = set(arch.role(model, target))
+        return [n for n in named if n.rpartition(".")[0] in layers]
+    return [n for n in named if any(matches(name, target) for name in (n, *_parents(n)))]
 
 
 def _trained_in_full(module: object) -> bool:

@@ -57,7 +57,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> Pa
     folder = Path(folder)
     record, method = _exported(model)
     fields, views = method.to_hf(model)
-    hosts = [name for name, _, _ in method.adapters(model)]
+    hosts = [name for name in _by_module(model, views) if name]  # also of a method without adapters
     saved = modules_to_save(model, record.train, hosts, views)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in views.items()}
     for name in saved:
@@ -115,7 +115,8 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     config, tensors = _read(Path(folder))
     cls = _plugin(config)
     base, tensors = _split(model, config, tensors, source)
-    method = cls.from_hf(config, _by_module(model, tensors), model)
+    below = _by_module(model, tensors)
+    method = cls.from_hf(config, below, model)
     inject(model, method, train=[exact(n) for n, _ in model.named_parameters() if n in base])
     try:
         with torch.no_grad():
@@ -124,7 +125,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         remove(model)
         raise
     model.load_state_dict(base, strict=False)
-    _warn_of_gaps(model, config, [name for name, _, _ in method.adapters(model)], source)
+    _warn_of_gaps(model, config, [name for name in below if name], source)
     return model
 
 

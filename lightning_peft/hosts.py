@@ -72,8 +72,11 @@ def output_scale(host: Any) -> float | Tensor:
     return getattr(host, "embed_scale", 1.0) if isinstance(host, nn.Embedding) else 1.0
 
 
-def run(host: Any, matrix: Tensor, x: Tensor) -> Tensor:
-    """The host's own map with another (out, in) weight matrix; bias, stride, padding and the like stay the host's."""
+def run(host: Any, matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The host's own map with another (out, in) weight matrix; stride, padding and the like stay the host's.
+
+    ``bias`` (out,) takes the place of the host's; None leaves the host's own, or none where it has none.
+    """
     if isinstance(host, nn.Embedding):
         rows = F.embedding(
             x,
@@ -82,10 +85,10 @@ def run(host: Any, matrix: Tensor, x: Tensor) -> Tensor:
             scale_grad_by_freq=host.scale_grad_by_freq,
         )  # not host.sparse: a sparse gradient cannot pass the transposition
         return rows * output_scale(host)
-    matrix = matrix.to(x.dtype)
+    matrix, bias = matrix.to(x.dtype), host.bias if bias is None else bias
+    bias = bias if bias is None else bias.to(x.dtype)
     if isinstance(host, Conv):
-        return host._conv_forward(x, _stored(host, matrix), host.bias)  # private, but the one that honours padding_mode
-    bias = host.bias if host.bias is None else host.bias.to(x.dtype)
+        return host._conv_forward(x, _stored(host, matrix), bias)  # private, but the one that honours padding_mode
     return F.linear(x, matrix, bias)
 
 

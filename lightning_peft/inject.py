@@ -2,7 +2,8 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +119,34 @@ def _train(model: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"train matches {name!r}, which is stored quantised ({names[name].dtype})")
         names[name].requires_grad_(True)
     return tuple(trained)
+
+
+def unfreeze(model: nn.Module, names: Collection[str], by: str) -> None:
+    """Let base parameters train: what ``inject`` of a method that adds no tensors ends with.
+
+    Args:
+        model: whose parameters arrived frozen.
+        names: dotted names of parameters; of tied ones any.
+        by: name of the method, for messages.
+
+    Raises:
+        ValueError: a parameter that is stored quantised.
+    """
+    chosen = {n: model.get_parameter(n) for n in names}
+    for name, p in chosen.items():
+        if not p.is_floating_point():
+            raise ValueError(f"{by} would train {name!r}, which is stored quantised ({p.dtype}): leave it out")
+        p.requires_grad_(True)
+    shared = {id(p): n for n, p in chosen.items()}
+    tied = {n: shared[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}
+    if other := next((n for n in tied if n not in chosen), None):
+        warnings.warn(f"{by} trains {tied[other]!r}, and with it {other!r}: they are tied", stacklevel=3)
+    if half := next((n for n, p in chosen.items() if p.dtype in (torch.float16, torch.bfloat16)), None):
+        warnings.warn(
+            f"{by} trains weights of the model as they are, such as {half!r} in {chosen[half].dtype}: small steps round "
+            "to nothing there (in bfloat16 the next number after 1 is 1.0078); prefer a float32 model and bf16-mixed",
+            stacklevel=3,
+        )
 
 
 def pattern_selects(pattern: str, parameter: str) -> bool:

@@ -22,23 +22,24 @@ class Merged:
     """What a merge changed: enough to undo it bit for bit.
 
     ``record`` is (where, what ``inject`` did);
-    ``folded`` lists (host name, host, its adapters by tag, copy of its weight on the CPU; the copy is None for a
-    quantised host, which was replaced by a plain layer as a whole).
+    ``folded`` lists (host name, host, its adapters by tag, copies on the CPU of its parameters that were written; the
+    copies are None for a quantised host, which was replaced by a plain layer as a whole).
     """
 
     model: nn.Module
     record: tuple[str, Record] | None = None
-    folded: list[tuple[str, Any, dict[str, Adapter], Tensor | None]] = field(default_factory=list)
+    folded: list[tuple[str, Any, dict[str, Adapter], dict[str, Tensor] | None]] = field(default_factory=list)
 
     def undo(self) -> None:
         """Put the weights and the adapters back as they were before the merge."""
-        for name, host, held, weight in self.folded:
-            if weight is None:
+        for name, host, held, copies in self.folded:
+            if copies is None:
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, host)
             else:
                 with torch.no_grad():
-                    host.weight.copy_(weight)
+                    for key, copy in copies.items():
+                        getattr(host, key).copy_(copy)
             for tag, adapter in held.items():
                 attach(host, tag, adapter, next((p.dtype for p in adapter.parameters()), torch.float32))
         self.folded.clear()
@@ -50,40 +51,58 @@ class Merged:
 def merge(model: nn.Module, *, keep: bool = True) -> Merged:
     """Fold every adapter into its host's weight, in float32 with one cast at the end, and detach it.
 
-    A quantised host becomes a plain linear layer that holds the dequantised, merged weight.
+    A quantised host becomes a plain linear layer that holds the dequantised, merged weight. Of methods that train base
+    parameters there is nothing to fold: these hold what was learned, and the model is a plain one afterwards.
 
     Args:
         model: with adapters attached.
         keep: keep a copy of the weights on the CPU, so that ``.undo()`` works; without it memory is saved.
 
     Raises:
-        ValueError: no adapters, a method that cannot merge, or a weight that another module shares.
+        ValueError: nothing injected, a method that cannot merge, or a weight that another module shares.
     """
     targets: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if is_adapted(m)]
-    if not targets:
-        raise ValueError("nothing to merge: no adapter is attached to this model")
+    if not targets and find_record(model) is None:
+        raise ValueError("nothing to merge: no adapter is attached to this model, and no method trains its weights")
     _refuse(model, targets)
     done = Merged(model, find_record(model))
     if done.record is not None:
         delattr(model.get_submodule(done.record[0]), RECORD)  # what is merged is a plain model again
     for name, host in targets:
         held = attached(host)
-        matrix = hosts.read(host)
-        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # a float64 base keeps its precision
-        for adapter in held.values():
-            assert isinstance(adapter, WeightAdapter)  # _refuse saw to it
-            matrix = adapter.weight(matrix)
+        matrix, bias = _folded(host, held)
         for tag in held:
             detach(host, tag)
         if quant.kind(host):
-            quant.replace_dequantized(model, name, matrix)
+            plain = quant.replace_dequantized(model, name, matrix)
+            if bias is not None:  # a parameter of its own: the quantised layer keeps the old one for undo
+                plain.bias = nn.Parameter(bias.to(plain.weight), host.bias.requires_grad)
             done.folded.append((name, host, held, None))
         else:
-            copy = host.weight.detach().to("cpu", copy=True) if keep else None
+            keys = ("weight",) if bias is None else ("weight", "bias")
+            copies = {k: getattr(host, k).detach().to("cpu", copy=True) for k in keys} if keep else None
             hosts.write(host, matrix)
-            if copy is not None:
-                done.folded.append((name, host, held, copy))
+            if bias is not None:
+                host.bias.copy_(bias)
+            if copies is not None:
+                done.folded.append((name, host, held, copies))
     return done
+
+
+def _folded(host: Any, held: dict[str, Adapter]) -> tuple[Tensor, Tensor | None]:
+    """The merged (out, in) matrix, and the merged bias where an adapter changes it, in float32 or better."""
+    matrix, bias = hosts.read(host), host.bias if _changes_bias(host) else None
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # a float64 base keeps its precision
+    bias = bias if bias is None else bias.to(torch.promote_types(bias.dtype, torch.float32))
+    for adapter in held.values():
+        assert isinstance(adapter, WeightAdapter)  # _refuse saw to it
+        matrix, bias = adapter.weight(matrix), bias if bias is None else adapter.bias(bias)
+    return matrix, bias
+
+
+def _changes_bias(host: Any) -> bool:
+    changing = any(type(a).bias is not WeightAdapter.bias for a in attached(host).values())
+    return changing and getattr(host, "bias", None) is not None
 
 
 def _refuse(model: nn.Module, targets: list[tuple[str, Any]]) -> None:
@@ -95,11 +114,13 @@ def _refuse(model: nn.Module, targets: list[tuple[str, Any]]) -> None:
         for tag, adapter in attached(host).items():
             if not isinstance(adapter, WeightAdapter):
                 raise ValueError(f"adapter {tag!r} on {name!r} is a {type(adapter).__name__}, which cannot be merged")
-        if owners[id(host.weight)] > 1:
-            raise ValueError(
-                f"the weight of {name!r} is tied to another module's, so merging would change both: "
-                f"untie them first, or exclude {name!r} from the targets"
-            )
+        written = {"weight": host.weight} | ({"bias": host.bias} if _changes_bias(host) else {})
+        for key, parameter in written.items():
+            if owners[id(parameter)] > 1:
+                raise ValueError(
+                    f"the {key} of {name!r} is tied to another module's, so merging would change both: "
+                    f"untie them first, or exclude {name!r} from the targets"
+                )
 
 
 @dataclass(frozen=True)
@@ -115,7 +136,8 @@ class Call:
 def captured(model: nn.Module) -> Iterator[list[Call]]:
     """Collect the calls of the outermost modules on the way to an adapter, inputs detached and on the CPU.
 
-    A LightningModule itself is left out: strategies call it with a batch in place of its forward's arguments.
+    Where there is no adapter at all: on the way to a base parameter that trains. A LightningModule itself is left out:
+    strategies call it with a batch in place of its forward's arguments.
     """
     calls: list[Call] = []
     depth = 0
@@ -132,8 +154,10 @@ def captured(model: nn.Module) -> Iterator[list[Call]]:
         depth -= 1
 
     handles = []
+    adapted = any(is_adapted(m) for m in model.modules())
     for name, module in model.named_modules():
-        if any(is_adapted(c) for c in module.modules()) and not hasattr(module, "training_step"):
+        inside = (is_adapted(m) if adapted else _trains(m) for m in module.modules())
+        if any(inside) and not hasattr(module, "training_step"):
             pre = functools.partial(before, name)
             handles.append(module.register_forward_pre_hook(pre, with_kwargs=True))
             handles.append(module.register_forward_hook(after, always_call=True))
@@ -142,6 +166,10 @@ def captured(model: nn.Module) -> Iterator[list[Call]]:
     finally:
         for h in handles:
             h.remove()
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def _held(x: Any) -> Any:
@@ -206,7 +234,7 @@ def prove(
         ValueError: the outputs differ by more than the tolerance (the model is left unmerged), or there is no call.
     """
     if not calls:
-        raise ValueError("the held batch called no module that holds an adapter, so the merge cannot be proven")
+        raise ValueError("the held batch called no module that holds what was trained, so the merge cannot be proven")
     if tolerance is None:
         floats = [host.weight.dtype for _, host, _ in adapters(model) if host.weight.is_floating_point()]
         tolerance = max((TOLERANCE[d] for d in floats), default=TOLERANCE[torch.bfloat16])

@@ -16,4 +16,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(point.attr for point in registry.entry_points().values())
+    return sorted(point.attr for point in registry.entry_points().values() if point.attr)

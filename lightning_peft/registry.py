@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,13 @@ class Info:
 
 
 @functools.cache
+def _all() -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: (e.name, e.value)))
+
+
 def entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     """Entry points of the group by name; two packages with one name are an error when the name is asked for."""
-    return {ep.name: ep for ep in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: (e.name, e.value))}
+    return {ep.name: ep for ep in _all()}
 
 
 def _package(ep: importlib.metadata.EntryPoint) -> str:
@@ -55,12 +60,12 @@ def names() -> list[str]:
 
 def nearest_class(name: str) -> str:
     """Class names of installed methods like ``name``, as text for a message."""
-    near = difflib.get_close_matches(name, [ep.attr for ep in entry_points().values()], 3, cutoff=0.4)
+    near = difflib.get_close_matches(name, [ep.attr for ep in _all() if ep.attr], 3, cutoff=0.4)
     return ", ".join(map(repr, near)) if near else "see `lightning-peft methods`"
 
 
 def _entry_point(name: str) -> importlib.metadata.EntryPoint:
-    found = [ep for ep in importlib.metadata.entry_points(group=GROUP) if ep.name == name]
+    found = [ep for ep in _all() if ep.name == name]
     if len({ep.value for ep in found}) > 1:
         who = " and ".join(sorted(f"{_package(ep)} ({ep.value})" for ep in found))
         raise ValueError(f"the method name {name!r} is claimed by {who}: uninstall one, or rename its entry point")
@@ -75,7 +80,7 @@ def load(name: str) -> type[Any]:
     """The Method class behind an entry-point name.
 
     Raises:
-        ValueError: unknown name (nearest named), two packages claim it, it does not import, or it is no Method.
+        ValueError: unknown name (nearest named), two packages claim it, it does not import, or it is no whole Method.
     """
     ep = _entry_point(name)
     where = f"plugin {name!r} of {_package(ep)} ({ep.value})"
@@ -85,13 +90,22 @@ def load(name: str) -> type[Any]:
         raise ValueError(f"{where} cannot be imported: {type(cause).__name__}: {cause}") from cause
     if not (inspect.isclass(cls) and any(c.__module__ == "lightning_peft.method" for c in cls.__mro__)):
         raise ValueError(f"{where} is {cls!r}, but a plugin must be a subclass of lightning_peft.Method")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise ValueError(f"{where} is abstract: it has to write {', '.join(missing)}")
+    if not hasattr(cls, "traits"):
+        raise ValueError(f"{where} says nothing of itself: it needs `traits = Traits(family=..., ...)`")
     return cls
 
 
 def name_of(cls: type) -> str | None:
     """The entry-point name of a Method class, None for one that is not registered."""
-    value = f"{cls.__module__}:{cls.__qualname__}"
-    return next((name for name, ep in entry_points().items() if ep.value == value), None)
+    exact = [ep.name for ep in _all() if ep.value == f"{cls.__module__}:{cls.__qualname__}"]
+    passed_on = [
+        ep.name  # a package that imports the class from the file that defines it, and names itself as its home
+        for ep in _all()
+        if ep.attr == cls.__qualname__ and getattr(sys.modules.get(ep.module), ep.attr, None) is cls
+    ]
+    return next(iter(exact + passed_on), None)
 
 
 def describe(name: str) -> Info:
@@ -104,30 +118,42 @@ def describe(name: str) -> Info:
         return Info(name, "", entry_points()[name].value, problem=str(clash))
     info: dict[str, Any] = {"name": name, "package": _package(ep), "target": ep.value}
     try:
-        module = ast.parse(_source(ep.module))
-        cls = next(n for n in module.body if isinstance(n, ast.ClassDef) and n.name == ep.attr)
-    except (OSError, SyntaxError, ImportError) as cause:
+        module, cls = _find_class(ep.module, ep.attr)
+    except (OSError, SyntaxError, ImportError, ValueError) as cause:  # ValueError: no text in UTF-8
         return Info(**info, problem=f"{type(cause).__name__}: {cause}")
-    except StopIteration:
-        return Info(**info, problem=f"{ep.module} defines no class {ep.attr!r} at its top level")
     summary = (ast.get_docstring(module) or ast.get_docstring(cls) or "").strip().split("\n")[0]
     traits, fields = _read(cls)
     return Info(**info, summary=summary, doc=ast.get_docstring(cls) or "", traits=traits, fields=fields)
 
 
-def _source(module: str) -> str:
-    """Source text of a module, found without running the packages above it."""
+def _find_class(module: str, name: str, hops: int = 4) -> tuple[ast.Module, ast.ClassDef]:
+    """The syntax of a class and of the file that defines it, through `from x import name` in the modules between."""
+    spec = _spec(module)
+    tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return tree, node
+        if isinstance(node, ast.ImportFrom) and hops:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    package = module if spec.submodule_search_locations is not None else module.rpartition(".")[0]
+                    home = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                    return _find_class(home, alias.name, hops - 1)
+    raise ImportError(f"{module} defines no class {name!r} at its top level")
+
+
+def _spec(module: str) -> importlib.machinery.ModuleSpec:
+    """Where a module's source is, found without running the packages above it."""
     top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)
-    path = top
+    spec, path = importlib.util.find_spec(top), top
     for part in rest:
         path += f".{part}"
         if spec is None or spec.submodule_search_locations is None:
             break
         spec = importlib.machinery.PathFinder.find_spec(path, list(spec.submodule_search_locations))
-    if spec is None or spec.origin is None:
+    if spec is None or spec.name != module or spec.origin is None:
         raise ImportError(f"no module named {module!r}")
-    return Path(spec.origin).read_text(encoding="utf-8")
+    return spec
 
 
 def _read(cls: ast.ClassDef) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:

@@ -18,9 +18,9 @@ import tempfile
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 CONFIG, SUMMARY, METRICS, CHECKPOINTS = "config.yaml", "summary.json", "metrics.csv", "checkpoints"
+EVENTS = "events.out.tfevents"  # TensorBoard's
 PROCESSES = "LIGHTNING_PEFT_RUN"  # tells the other processes of a distributed run which folder the first one took
 
 
@@ -32,23 +32,36 @@ class Run:
         folder: where it writes, absolute, as checkpoints remember it.
         claimed: True if it was made for this run.
         kept: where the metrics of a run that goes on were put out of the way; CSVLogger deletes what it finds.
+        held: what was there before.
     """
 
     folder: Path
     claimed: bool = False
     kept: Path | None = None
+    held: frozenset[str] = frozenset()
 
     def release(self) -> None:
-        """After an error: take the folder away if it was made for this run and holds nothing but configuration."""
+        """After an error: take away what was made for a run that has not begun, and leave an older one as it was."""
         if self.kept is not None and not (self.folder / METRICS).exists():
             os.replace(self.kept, self.folder / METRICS)
+            for file in self.folder.glob(f"{EVENTS}*"):
+                if file.name not in self.held:
+                    file.unlink()
         if self.claimed and not results(self.folder):
             shutil.rmtree(self.folder)
 
-    def summary(self) -> dict[str, Any]:
-        """What the fit in this folder wrote down at its end; empty if it has not ended."""
+    def end(self, best: str, seconds: float, metrics: dict[str, float]) -> None:
+        """Write summary.json at the end of a fit; the best checkpoint relative to the folder, which may be moved."""
+        path = Path(best)
+        best = str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else best
+        told = {"best": best, "seconds": round(seconds, 1), "metrics": metrics}
+        (self.folder / SUMMARY).write_text(json.dumps(told, indent=1) + "\n")
+
+    def best(self) -> Path | None:
+        """The best checkpoint of a fit that has ended, or else the newest; None where there is none."""
         file = self.folder / SUMMARY
-        return json.loads(file.read_text()) if file.is_file() else {}
+        best = self.folder / json.loads(file.read_text())["best"] if file.is_file() else self.folder
+        return best if best.is_file() else next(reversed(self.checkpoints()), None)
 
     def checkpoints(self) -> list[Path]:
         """Every checkpoint in the folder, the newest last."""
@@ -65,7 +78,7 @@ def of_checkpoint(path: str | Path) -> Run | None:
 def results(folder: Path) -> list[str]:
     """Names of what a run left in a folder, its configuration and empty logs aside."""
     names = sorted(p.name for p in folder.iterdir() if not (p.is_dir() and not any(p.iterdir())))
-    return [n for n in names if n not in (CONFIG, "hparams.yaml") and not n.startswith("events.out")]
+    return [n for n in names if n not in (CONFIG, "hparams.yaml") and not n.startswith(EVENTS)]
 
 
 def for_fit(root: Path, name: str | None, stem: str, resumed: str | None) -> Run:
@@ -82,7 +95,8 @@ def for_fit(root: Path, name: str | None, stem: str, resumed: str | None) -> Run
     """
     root, own = root.absolute(), of_checkpoint(resumed) if resumed else None
     if own is not None and name in (None, own.folder.name):
-        return Run(own.folder, kept=_keep_metrics(own.folder))
+        held = frozenset(p.name for p in own.folder.iterdir())
+        return Run(own.folder, kept=_keep_metrics(own.folder), held=held)
     if name is None:
         return claim(root, stem)
     folder = root / name

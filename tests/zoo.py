@@ -17,6 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from lightning_peft import quantize
 from lightning_peft.testing import Row
 from tests import nets
 
@@ -29,6 +30,12 @@ def bert() -> nn.Module:
 
 def llama() -> nn.Module:
     return nets.llama(use_cache=False).eval()
+
+
+def nf4_llama() -> nn.Module:
+    model = llama()
+    quantize(model, "nf4", blocksize=16, compute_dtype=torch.float32)  # 16 divides every width here
+    return model
 
 
 def gpt2() -> nn.Module:
@@ -93,6 +100,7 @@ def _pixels(side: int) -> Tensor:
 
 ROWS = [
     Row("lora", lambda: LoRA(r=2), llama, text),
+    Row("lora-nf4", lambda: LoRA(r=2), nf4_llama, text),
     Row("lora-bert-head", lambda: LoRA(r=2), bert, sentences, train=("classifier",)),
     Row("lora-rslora-dropout", lambda: LoRA(r=4, rslora=True, dropout=0.1, targets=("attention",)), bert, sentences),
     Row("lora-plus-gpt2", lambda: LoRA(r=2, init="gaussian", lora_plus_ratio=16.0), gpt2, text),

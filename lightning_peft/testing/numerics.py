@@ -140,7 +140,7 @@ def _compare_maps(name: str, host: Any, x: Tensor, tolerance: float) -> None:
     for adapter in attached(host).values():
         base = Base(host, base, adapter)
     parameters = {n: p for a in attached(host).values() for n, p in a.named_parameters() if p.requires_grad}
-    ys = {"forward": host(x), "weight": hosts.run(host, base.weight, x)}
+    ys = {"forward": host(x), "weight": hosts.run(host, base.weight, x, base.bias)}
     require_close(f"forward against weight on {name!r}", {"y": ys["weight"]}, {"y": ys["forward"]}, tolerance)
     grads = {}
     for which, y in ys.items():

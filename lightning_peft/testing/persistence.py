@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft import hf, io, registry, surgery
+from lightning_peft import hf, io, quant, registry, surgery
 from lightning_peft.attach import adapters
 from lightning_peft.config import describe
 from lightning_peft.find import exact
@@ -124,6 +124,8 @@ def _anatomy(model: nn.Module) -> dict[str, Any]:
 
 def check_meta(case: Case) -> None:
     """On the meta device the method injects, and reset_parameters gives all values later; or it says that it cannot."""
+    if any(quant.kind(m) for m in case.base().modules()):
+        raise Skipped("a quantised base cannot be moved to the meta device")
     model = case.base().to("meta")
     methods = case.methods()
     if needy := [m.name for m in methods if m.traits.needs_weights]:

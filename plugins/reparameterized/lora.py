@@ -5,18 +5,15 @@ arXiv:2402.12354).
 """
 
 import math
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning_peft_plugins.reparameterized import ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft import Base, Method, Traits, WeightAdapter, attach, find, hf, hosts, matches
-
-HF_FIELDS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern", "init_lora_weights",
-             "fan_in_fan_out", "eva_config")  # fmt: skip
+from lightning_peft import Base, Method, Traits, WeightAdapter, attach, hosts
 
 
 class LoRALinear(WeightAdapter):
@@ -43,13 +40,27 @@ class LoRALinear(WeightAdapter):
         return W + self.scale * self.B @ self.A
 
     def forward(self, base: Base, x: Tensor) -> Tensor:  # the same map, never forming the (out, in) product
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        h = F.linear(F.dropout(x, self.dropout, self.training), A)  # (..., r)
-        return base(x) + F.linear(h * self.scale, B)
+        y = base(x)
+        return y + self.update(base.host, self.dropped(x)).to(y.dtype)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What the update sees of the input; the base path sees all of it."""
+        return F.dropout(x, self.dropout, self.training)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the update."""
+        return self.A, self.B
+
+    def update(self, host: Any, x: Tensor) -> Tensor:
+        """What scale * B A gives for the host's input ``x``."""
+        A, B = self.factors()
+        h = F.linear(x, A.to(x.dtype))  # (..., r)
+        return F.linear(h * self.scale, B.to(x.dtype))
 
     def to_hf(self, name: str, host: Any) -> dict[str, Tensor]:
         """The factors under peft's names and in its shapes, as views; ``name`` of the host is for the message."""
-        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+        A, B = self.factors()
+        return {"lora_A.weight": A, "lora_B.weight": B}
 
 
 class LoRAEmbedding(LoRALinear):
@@ -59,10 +70,13 @@ class LoRAEmbedding(LoRALinear):
         nn.init.zeros_(self.A)
         nn.init.normal_(self.B)
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        e, y = base.host, base(x)
-        h = F.embedding(x, self.A.T, e.padding_idx, scale_grad_by_freq=e.scale_grad_by_freq)  # A has no sparse gradient
-        return y + (F.linear(h * self.scale, self.B) * hosts.output_scale(e)).to(y.dtype)
+    def dropped(self, x: Tensor) -> Tensor:
+        return x
+
+    def update(self, host: Any, x: Tensor) -> Tensor:
+        rows = self.A.T  # (V, r); no sparse gradient, whatever the host has
+        h = F.embedding(x, rows, host.padding_idx, scale_grad_by_freq=host.scale_grad_by_freq)
+        return F.linear(h * self.scale, self.B) * hosts.output_scale(host)
 
     def to_hf(self, name: str, host: Any) -> dict[str, Tensor]:
         return {"lora_embedding_A": self.A, "lora_embedding_B": self.B}
@@ -71,14 +85,13 @@ class LoRAEmbedding(LoRALinear):
 class LoRAConv(LoRALinear):
     """A is a convolution like the host's into r channels, B a 1x1 convolution out of them."""
 
-    def forward(self, base: Base, x: Tensor) -> Tensor:
-        host = base.host
+    def update(self, host: Any, x: Tensor) -> Tensor:
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
         kernel = A.view(-1, *host.weight.shape[1:])  # (r, in / groups, *kernel)
-        h = host._conv_forward(F.dropout(x, self.dropout, self.training), kernel, None)  # honours padding_mode
+        h = host._conv_forward(x, kernel, None)  # honours padding_mode
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(host.kernel_size) - 1]
         point = B.view(*B.shape, *[1] * len(host.kernel_size))  # (out, r / groups, 1, ...)
-        return base(x) + conv(h * self.scale, point, groups=host.groups)
+        return conv(h * self.scale, point, groups=host.groups)
 
     def to_hf(self, name: str, host: Any) -> dict[str, Tensor]:
         if host.groups > 1 or host.padding_mode != "zeros" or set(host.dilation) != {1}:
@@ -149,44 +162,22 @@ class LoRA(Method):
     lora_plus_embedding_lr: float = 1e-6
 
     def __post_init__(self) -> None:
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
-            if r < 1:
-                raise ValueError(f"LoRA needs a rank of at least 1, got {where}={r}")
-        for where, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if alpha <= 0:
-                raise ValueError(f"LoRA's alpha must be positive, got {where}={alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA's dropout must lie in [0, 1), got {self.dropout}")
-        if self.init not in ("default", "gaussian"):
-            raise ValueError(f"LoRA's init must be 'default' or 'gaussian', got {self.init!r}")
+        ranks.check(self)
+        ranks.check_draw(self)
         if self.lora_plus_ratio <= 0:
             raise ValueError(f"lora_plus_ratio must be positive, got {self.lora_plus_ratio}")
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
-        targets = find(model, self.targets, self.traits.hosts, exclude=self.exclude, layers=self.layers)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            if not any(matches(name, pattern) for name, _ in targets):
-                raise ValueError(f"rank or alpha pattern {pattern!r} matches none of the {len(targets)} target layers")
-        for name, host in targets:
-            attach(host, self.name, self._adapter(name, host))
+        for name, host, r, alpha in ranks.places(self, model):
+            attach(host, self.name, self._adapter(name, host, r, alpha))
 
-    def _adapter(self, name: str, host: Any) -> LoRALinear:
-        given = next((v for p, v in self.rank_pattern.items() if matches(name, p)), None)
-        r = given or self.r
-        alpha = next((v for p, v in self.alpha_pattern.items() if matches(name, p)), self.alpha)
-        if not given and r > min(hosts.shape(host)) and hosts.kind(host) != "conv":
-            warnings.warn(f"{name}: r={r} clamped to its smaller side {min(hosts.shape(host))}", stacklevel=2)
-            r = min(hosts.shape(host))
-        if hosts.kind(host) == "embedding" and host.max_norm is not None:
-            raise ValueError(f"{name}: an embedding with max_norm rescales its rows on look-up; LoRA cannot adapt it")
+    def _adapter(self, name: str, host: Any, r: int, alpha: float) -> LoRALinear:
         groups = getattr(host, "groups", 1)
         if r % groups:
             raise ValueError(f"{name}: r={r} must be a multiple of its {groups} groups; set rank_pattern or exclude it")
         kinds = {"embedding": LoRAEmbedding, "conv": LoRAConv if groups == 1 else LoRAGroupedConv}
-        return kinds.get(hosts.kind(host) or "", LoRALinear)(host, r, alpha / self._norm(r), self.dropout, self.init)
-
-    def _norm(self, r: int) -> float:
-        return math.sqrt(r) if self.rslora else r
+        cls = kinds.get(hosts.kind(host) or "", LoRALinear)
+        return cls(host, r, alpha / ranks.norm(r, self.rslora), self.dropout, self.init)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         if self.lora_plus_ratio == 1.0:
@@ -198,24 +189,8 @@ class LoRA(Method):
         return groups + ([{"params": embeddings, "lr": self.lora_plus_embedding_lr}] if embeddings else [])
 
     def to_hf(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        held = {name: (host, a) for name, host, a in self.adapters(model) if isinstance(a, LoRALinear)}
-        ranks = {name: (len(a.A), a.scale * self._norm(len(a.A))) for name, (_, a) in held.items()}
-        fields = hf.write_ranks(model, ranks, self.r, self.alpha) | {
-            "use_rslora": self.rslora,
-            "lora_dropout": self.dropout,
-            "init_lora_weights": True if self.init == "default" else self.init,
-            "fan_in_fan_out": any(hosts.is_conv1d(host) for host, _ in held.values()),
-            "bias": "none",
-        }
-        return fields, {f"{hf.PREFIX}{n}.{k}": t for n, (host, a) in held.items() for k, t in a.to_hf(n, host).items()}
+        return ranks.to_lora(self, model, self.r, self.alpha, rslora=self.rslora, dropout=self.dropout, init=self.init)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], tensors: dict[str, dict[str, Tensor]], model: nn.Module) -> "LoRA":
-        hf.check_fields(config, HF_FIELDS, "lora")
-        first = {name: t.get("lora_A.weight", t.get("lora_embedding_A")) for name, t in tensors.items()}
-        return cls(
-            init="gaussian" if hf.check_start(config) else "default",
-            rslora=config.get("use_rslora", False),
-            dropout=config.get("lora_dropout", 0.0),
-            **hf.read_ranks(model, config, {name: len(A) for name, A in first.items() if A is not None}),
-        )
+        return cls(**ranks.from_lora(config, tensors, model, "lora"))

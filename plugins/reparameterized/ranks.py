@@ -1,0 +1,119 @@
+"""What the methods with a rank share: the checks of their options, and which of them holds on which layer."""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft import find, hf, hosts, matches
+
+
+def check(method: Any) -> None:
+    """Refuse ranks and alphas out of range; ``method`` has r, alpha (None: the rank) and their patterns."""
+    name = type(method).__name__
+    for where, r in {"r": method.r, **method.rank_pattern}.items():
+        if r < 1:
+            raise ValueError(f"{name} needs a rank of at least 1, got {where}={r}")
+    for where, alpha in {"alpha": method.alpha, **method.alpha_pattern}.items():
+        if alpha is not None and alpha <= 0:
+            raise ValueError(f"{name}'s alpha must be positive, got {where}={alpha}")
+
+
+def check_draw(method: Any) -> None:
+    """Refuse a dropout out of range, and a distribution of A that is not known."""
+    name = type(method).__name__
+    if not 0 <= method.dropout < 1:
+        raise ValueError(f"{name}'s dropout must lie in [0, 1), got {method.dropout}")
+    if method.init not in ("default", "gaussian"):
+        raise ValueError(f"{name}'s init must be 'default' or 'gaussian', got {method.init!r}")
+
+
+def norm(r: int, rslora: bool) -> float:
+    """What alpha is divided by at rank ``r``."""
+    return math.sqrt(r) if rslora else r
+
+
+def places(method: Any, model: nn.Module) -> Iterator[tuple[str, Any, int, float]]:
+    """(name, host, rank, alpha) of every layer that ``method`` targets.
+
+    A rank from the pattern is taken as it is; the general one is clamped to the layer's smaller side, aloud.
+
+    Raises:
+        ValueError: a pattern that no target matches, or a layer that no low-rank update fits.
+    """
+    targets = find(model, method.targets, method.traits.hosts, exclude=method.exclude, layers=method.layers)
+    for pattern in (*method.rank_pattern, *method.alpha_pattern):
+        if not any(matches(name, pattern) for name, _ in targets):
+            raise ValueError(f"rank or alpha pattern {pattern!r} matches none of the {len(targets)} target layers")
+    for name, host in targets:
+        given = _first(method.rank_pattern, name)
+        r = given or method.r
+        if not given and r > min(hosts.shape(host)) and hosts.kind(host) != "conv":
+            warnings.warn(f"{name}: r={r} clamped to its smaller side {min(hosts.shape(host))}", stacklevel=2)
+            r = min(hosts.shape(host))
+        if hosts.kind(host) == "embedding" and host.max_norm is not None:
+            raise ValueError(
+                f"{name}: an embedding with max_norm rescales its rows on look-up; {type(method).__name__} cannot "
+                "adapt it"
+            )
+        yield name, host, r, _first(method.alpha_pattern, name) or method.alpha or r
+
+
+def _first(patterns: Mapping[str, Any], name: str) -> Any:
+    return next((v for p, v in patterns.items() if matches(name, p)), None)
+
+
+def to_lora(
+    method: Any,
+    model: nn.Module,
+    r: int,
+    alpha: float,
+    *,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    init: str = "default",
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(fields, tensors) of peft's LoRA for adapters that have ``factors``, ``scale`` and ``to_hf``.
+
+    Args:
+        method: whose adapters they are.
+        model: that holds them.
+        r, alpha: what peft takes where an adapter has no other.
+        rslora, dropout: peft's use_rslora and lora_dropout.
+        init: of A, "default" or "gaussian".
+    """
+    held: dict[str, tuple[Any, Any]] = {name: (host, a) for name, host, a in method.adapters(model)}
+    rank = {name: len(a.factors()[0]) for name, (_, a) in held.items()}
+    alphas = {name: (rank[name], a.scale * norm(rank[name], rslora)) for name, (_, a) in held.items()}
+    fields = hf.write_ranks(model, alphas, r, alpha) | {
+        "use_rslora": rslora,
+        "lora_dropout": dropout,
+        "init_lora_weights": True if init == "default" else init,
+        "fan_in_fan_out": any(hosts.is_conv1d(host) for host, _ in held.values()),
+        "bias": "none",
+    }
+    return fields, {f"{hf.PREFIX}{n}.{k}": t for n, (host, a) in held.items() for k, t in a.to_hf(n, host).items()}
+
+
+HF_FIELDS = ("r", "lora_alpha", "use_rslora", "lora_dropout", "rank_pattern", "alpha_pattern", "init_lora_weights",
+             "fan_in_fan_out", "eva_config")  # fmt: skip
+
+
+def from_lora(
+    config: dict[str, Any], tensors: dict[str, dict[str, Tensor]], model: nn.Module, name: str, *also: str
+) -> dict[str, Any]:
+    """Options of a method of ours for one of peft's LoRA type; ``also`` are fields that the method has beyond LoRA's.
+
+    Raises:
+        ValueError: an option that method ``name`` does not have, or a start that rewrites the base.
+    """
+    hf.check_fields(config, (*HF_FIELDS, *also), name)
+    first = {module: t.get("lora_A.weight", t.get("lora_embedding_A")) for module, t in tensors.items()}
+    return {
+        "init": "gaussian" if hf.check_start(config) else "default",
+        "rslora": config.get("use_rslora", False),
+        "dropout": config.get("lora_dropout", 0.0),
+        **hf.read_ranks(model, config, {module: len(A) for module, A in first.items() if A is not None}),
+    }
