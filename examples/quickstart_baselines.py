@@ -19,10 +19,10 @@ from rich.table import Table
 
 from lightning_peft import PEFT
 from lightning_peft.data import DocstringTopics
+from lightning_peft.methods import LoRA
 from lightning_peft.models import TextClassifier
 from lightning_peft.models.source import MINILM
 from lightning_peft.runs import size
-from lightning_peft_plugins.reparameterized.lora import LoRA
 
 
 class HeadOnly(TextClassifier):
@@ -76,7 +76,9 @@ def train(way: Way, epochs: int, seed: int, folder: Path) -> Result:
     data = DocstringTopics(MINILM, max_length=32)
     model = way.module(MINILM, learning_rate=way.learning_rate)
     saver = ModelCheckpoint(dirpath=folder, filename="last")
-    adapters = [PEFT(way.lora, model="model", train=("classifier",), folder=str(folder / "adapter"))] if way.lora else []
+    adapters = (
+        [PEFT(way.lora, model="model", train=("classifier",), folder=str(folder / "adapter"))] if way.lora else []
+    )
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -63,6 +63,16 @@ class Adapter(nn.Module, abc.ABC):
     def reset_parameters(self) -> None:
         """Set initial values, also after the adapter was made on the meta device (PyTorch's convention)."""
 
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Called with what a file or a state dict holds for this adapter, by name, before it is taken.
+
+        For an adapter whose function also depends on tensors that no file holds, such as random ones drawn from a
+        seed: keep a checksum of those in a buffer and compare it here.
+
+        Raises:
+            ValueError: the tensors were trained beside others than this adapter has.
+        """
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Adapter":
         # Trained tensors keep their precision when the model is cast (bf16-true, half()), as torch's RNNs keep their
         # layout here: a float32 master rounded through bf16 would make a resumed run differ from its original.
@@ -81,6 +91,8 @@ class Adapter(nn.Module, abc.ABC):
             new, old = state_dict.get(prefix + name), getattr(self, name)
             if new is not None and new.shape != old.shape and len(new.shape) == len(axes):
                 old.data = old.data.new_empty(new.shape)
+        own = (*self._parameters, *self._buffers)
+        self.check_state({name: state_dict[prefix + name] for name in own if prefix + name in state_dict})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

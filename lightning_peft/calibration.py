@@ -102,11 +102,13 @@ def _loaders(trainer: Trainer) -> CombinedLoader:
     """The training loaders, combined as the fit combines them, with an iterator of their own."""
     fits = trainer.fit_loop._combined_loader  # private: the property beside it gives the loaders, not how to combine
     assert fits is not None
-    return CombinedLoader(fits.iterables, fits._mode)
+    mode: Any = fits._mode
+    return CombinedLoader(fits.iterables, mode)
 
 
 def _batches(trainer: Trainer, method: Method, count: int) -> Iterator[Any]:
     """At most ``count`` batches, on the device and through the module's transfer hooks as in the fit."""
+    count = int(min(count, trainer.num_training_batches))
     hidden = trainer.progress_bar_callback is None or not trainer.is_global_zero
     read, title = itertools.islice(_loaders(trainer), count), f"calibrating {method.name}"
     for batch, _, _ in track(read, title, total=count, transient=True, disable=hidden):

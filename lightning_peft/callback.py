@@ -3,7 +3,7 @@
 import functools
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft import calibration, ckpt, io, optim, report, resume, sharded, strategies
-from lightning_peft.attach import adapters, modules
-from lightning_peft.find import nearest
-from lightning_peft.inject import Record, find_record, inject, pattern_selects, remove
+from lightning_peft import ckpt, io, loss, optim, report, resume, sharded, strategies
+from lightning_peft.attach import modules
+from lightning_peft.inject import find_record
 from lightning_peft.merge import Call, Merged, captured, merge, prove
 from lightning_peft.method import Method, Step
 from lightning_peft.patch import Patches
+from lightning_peft.placement import Placement
 from lightning_peft.sentinel import Sentinel
 
 log = logging.getLogger("lightning_peft")
@@ -63,116 +62,50 @@ class PEFT(Callback):
         merge_tolerance: float | None = None,
     ) -> None:
         self.methods = [methods] if isinstance(methods, Method) else list(methods)
-        self.scope, self.train, self.merge_at_end = model, tuple(train), merge_at_end
-        self.folder, self.overwrite, self.total_steps = folder, overwrite, total_steps
-        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        self.placement = Placement(self.methods, model, train, getattr(torch, dtype))
+        self.folder, self.overwrite, self.merge_at_end = folder, overwrite, merge_at_end
         self.calibration_batches, self.merge_tolerance = calibration_batches, merge_tolerance
-        self.own_penalty = own_penalty
+        self.total_steps, self.own_penalty = total_steps, own_penalty
         self.run = uuid.uuid4().hex
         self.sentinel = Sentinel(self.methods, watch_steps, merge_at_end)
         self.written: dict[str, Path] = {}
         self._merged: Merged | None = None
         self._patches = Patches()
-        self._seen: set[int] = set()
         self._calls: list[Call] = []
 
     # ---- injection -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if sum(isinstance(c, PEFT) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ValueError("two PEFT callbacks in one Trainer: give one of them all methods, PEFT([A(), B()])")
         self._patches.claim(pl_module)
         self.run = trainer.strategy.broadcast(self.run)
         self.sentinel.check_trainer(trainer, pl_module)
         sharded.check(trainer, pl_module, self.methods)
-        self.tape, self._resumed, self._before_injection = resume.Tape(trainer), {}, None
+        self.tape, self._resumed = resume.Tape(trainer), {}
         self._remerge = self._merged is not None and stage != "fit"
         if self._merged is not None:
             self._merged.undo()  # the adapters go on from where they were
             self._merged = None
         strategies.use_atomic_files(trainer)
         ckpt.hook(pl_module)
-        self._inject(pl_module, final=False)
-        put = self._patches.put
+        self.placement.start()
+        self.placement.inject(pl_module, final=False)
+        put, after, before = self._patches.put, self._patches.after, self._patches.before
         put(pl_module, "_strict_loading", lambda old: False)  # private: the property behind it cannot be taken back
-        put(pl_module, "configure_model", functools.partial(_then, lambda: self._inject(pl_module, final=True)))
-        put(pl_module, "on_load_checkpoint", functools.partial(_then, lambda c: self._load(trainer, pl_module, c)))
+        after(pl_module, "configure_model", lambda: self.placement.inject(pl_module, final=True))
+        after(pl_module, "on_load_checkpoint", lambda c: self._load(trainer, pl_module, c))
         sharded.patch(trainer, pl_module, self._patches)
         put(trainer.strategy, "process_dataloader", lambda old: lambda loader: self.tape.wrap(old(loader)))
         if stage == "fit":
-            put(pl_module, "training_step", functools.partial(self._with_penalty, pl_module))
+            self._add_penalties(pl_module)
             if self._overriding("calibrate"):
-                put(trainer.strategy, "setup", functools.partial(_first, lambda t: self._calibrate(t, pl_module)))
+                look = (trainer, pl_module, self.tape, self.calibration_batches)
+                before(trainer.strategy, "setup", lambda _: self.placement.calibrate(*look))
 
     def target(self, pl_module: LightningModule) -> nn.Module:
         """The module that was injected into."""
-        return pl_module.get_submodule(self.scope)
-
-    def _inject(self, pl_module: LightningModule, final: bool) -> None:
-        """Inject where the model exists; again if more of it has appeared since. Undone and redone exactly."""
-        try:
-            target = self.target(pl_module)
-        except AttributeError:
-            if final:
-                names = [n for n, _ in pl_module.named_modules() if n]
-                near = nearest(self.scope, names)
-                raise ValueError(f"PEFT(model={self.scope!r}): no such module; nearest: {near}") from None
-            return  # made in setup() or configure_model()
-        now = {id(m) for _, m in modules(target) if any(True for _ in m.parameters(recurse=False))}
-        held = find_record(target)
-        if held and (not self._seen or now <= self._seen):
-            self._same_methods(held[1])
-            self._seen = now
-            self._reset_materialised(target)
-            return
-        sharded.check_whole(target)
-        if held:
-            remove(target)
-        self._before_injection = resume.rng_state()
-        try:
-            inject(target, self.methods, train=self._train_names(pl_module), dtype=self.dtype)
-        except ValueError:
-            if final:
-                raise
-            return  # what is missing now may be made later; configure_model is the last chance
-        self._seen = now
-        self._on_meta = [a for _, _, a in adapters(target) if any(t.is_meta for t in a.parameters())]
-
-    def _same_methods(self, record: Record) -> None:
-        if list(record.methods) != self.methods:
-            have = [m.name for m in record.methods]
-            raise ValueError(f"the model already holds other adapters ({have}); lightning_peft.remove() takes them off")
-
-    def _reset_materialised(self, target: nn.Module) -> None:
-        for adapter in self._on_meta:  # configure_model gave them memory, but to_empty gives no values
-            if not any(t.is_meta for t in adapter.parameters()):
-                adapter.reset_parameters()
-        self._on_meta = [a for a in self._on_meta if any(t.is_meta for t in a.parameters())]
-
-    _on_meta: list[Any] = []
-
-    def _train_names(self, pl_module: LightningModule) -> list[str]:
-        """``train`` resolved to names below the target; what lies outside it trains anyway."""
-        names = [n for n, _ in pl_module.named_parameters()]
-        prefix = f"{self.scope}." if self.scope else ""
-        chosen: dict[str, None] = {}
-        for pattern in self.train:
-            hits = [n for n in names if pattern_selects(pattern, n)]
-            if not hits:
-                raise ValueError(f"PEFT(train={pattern!r}) matches no parameter; nearest: {nearest(pattern, names)}")
-            chosen |= {n.removeprefix(prefix): None for n in hits if n.startswith(prefix)}
-        return list(chosen)
-
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fresh fits only: take the adapters off, let methods look at data, inject again with what they found."""
-        if trainer.ckpt_path is not None or self._before_injection is None:
-            return  # what was trained before, in a file or in the model, goes on
-        trainer.fit_loop.setup_data()
-        target, train, starts = self.target(pl_module), self._train_names(pl_module), dict(self.tape.starts)
-        remove(target)
-        stats = calibration.run(trainer, pl_module, target, self.methods, train, self.calibration_batches)
-        self.tape.starts = starts  # what was read ahead was not trained on
-        with isolate_rng():  # draw what the first injection drew, so that no random number of the fit moves
-            resume.set_rng_state(self._before_injection)
-            inject(target, self.methods, train=train, stats=stats, dtype=self.dtype)
+        return self.placement.target(pl_module)
 
     # ---- the fit ---------------------------------------------------------------------------------------------------
 
@@ -254,30 +187,10 @@ class PEFT(Callback):
     def _overriding(self, verb: str) -> list[Method]:
         return [m for m in self.methods if getattr(type(m), verb) is not getattr(Method, verb)]
 
-    def _with_penalty(self, pl_module: LightningModule, old: Callable[..., Any]) -> Callable[..., Any]:
-        if self.own_penalty or not self._overriding("penalty"):
-            return old
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{[m.name for m in self._overriding('penalty')]} add a loss term, which cannot be added for you under "
-                "manual optimization: in training_step do `loss = loss + lightning_peft.penalty(self)` and pass "
-                "PEFT(..., own_penalty=True)"
-            )
-
-        @functools.wraps(old)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            output = old(*args, **kwargs)
-            if output is None:
-                return None
-            loss = output["loss"] if isinstance(output, dict) else output
-            for method in self._overriding("penalty"):
-                term = sharded.penalty(method, self.target(pl_module))
-                if term is not None:
-                    pl_module.log(f"{method.name}/penalty", term.detach())
-                    loss = loss + term
-            return {**output, "loss": loss} if isinstance(output, dict) else loss
-
-        return training_step
+    def _add_penalties(self, pl_module: LightningModule) -> None:
+        if (adding := self._overriding("penalty")) and not self.own_penalty:
+            add = functools.partial(loss.with_penalties, pl_module, adding, lambda: self.target(pl_module))
+            self._patches.put(pl_module, "training_step", add)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -285,7 +198,7 @@ class PEFT(Callback):
         target = self.target(pl_module)
         held = find_record(target)
         assert held is not None
-        self._resumed = ckpt.check(checkpoint, target, held[1], self.scope)
+        self._resumed = ckpt.check(checkpoint, target, held[1], self.placement.scope)
         self.run = self._resumed["run"]
         states = self._resumed.get("state", ()) if trainer.state.fn == "fit" else ()
         if len(states) == trainer.world_size:
@@ -305,7 +218,7 @@ class PEFT(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         target = self.target(pl_module)
-        tensors = sharded.gather(target)
+        tensors = sharded.gather(target) if self._folder is not None else {}
         if self._folder is not None and trainer.is_global_zero:
             whole = {"overwrite": self.overwrite, "run": self.run, "tensors": tensors}
             self.written["adapter"] = io.save(target, self._folder, **whole)
@@ -326,23 +239,6 @@ class PEFT(Callback):
         self._patches.undo()
         if self._remerge:
             self._merged = merge(self.target(pl_module))
-
-
-def _then(after: Callable[..., None], old: Callable[..., Any]) -> Callable[..., Any]:
-    def patched(*args: Any) -> Any:  # not functools.wraps: Lightning would look through it and skip the hook
-        result = old(*args)
-        after(*args)
-        return result
-
-    return patched
-
-
-def _first(before: Callable[..., None], old: Callable[..., Any]) -> Callable[..., Any]:
-    def patched(*args: Any) -> Any:
-        before(*args)
-        return old(*args)
-
-    return patched
 
 
 def _trains(module: nn.Module) -> bool:

@@ -42,8 +42,9 @@ def accept(paths: dict[str, str]) -> None:
         except yaml.MarkedYAMLError as cause:
             if not path:
                 raise
-            line = cause.problem_mark.line + 1 if cause.problem_mark else "?"
-            raise ValueError(f"{path}, line {line}: not YAML: {cause.problem}") from cause
+            mark, what = cause.context_mark or cause.problem_mark, [x for x in (cause.context, cause.problem) if x]
+            line = f", line {mark.line + 1}" if mark else ""
+            raise ValueError(f"{path}{line}: not YAML: {', '.join(what)}") from cause
 
     set_loader(MODE, loader, (yaml.YAMLError,))
 

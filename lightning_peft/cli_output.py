@@ -33,6 +33,8 @@ NOISE = (
     "Restoring states from the checkpoint",  # the line before names the checkpoint
     "Restored all states from the checkpoint",
     "Loaded model weights from the checkpoint",
+    "`Trainer.fit` stopped:",  # at the end that was planned; "Finished" follows
+    "outputs differ by at most",  # stands in the summary
     "Failed to load JSON from file",  # the error that follows names the line
     "to estimate number of stepping batches",  # a loader is made a moment earlier than it would be
 )
@@ -103,13 +105,17 @@ class MetricLines(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
-            values = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
-            told = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+            told = "  ".join(f"{k} {v:.4g}" for k, v in _metrics(trainer).items())
             rich.get_console().print(
                 f"epoch {trainer.current_epoch:<3} step {trainer.global_step:<6} {told}",
                 highlight=False,
                 markup=False,
             )
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    """What was logged last, by name; of values logged by step and by epoch, under the name that stands for both."""
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
 
 
 def before_fit(trainer: Trainer, model: LightningModule, data: LightningDataModule | None, run: Run | None) -> None:
@@ -138,23 +144,23 @@ def after_fit(
         note("fast_dev_run: the fit works; nothing was written")
         return
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith(("_step", "_epoch"))}
+    metrics = _metrics(trainer)
     run.end(best, seconds, metrics)
     tokenizer: Any = getattr(data, "tokenizer", None)
     if "merged" in callback.written and hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(callback.written["merged"])  # so that the folder is a model to use as it stands
     console = rich.get_console()
-    console.print(f"\n[bold]Finished[/] in {_duration(seconds)}", highlight=False)
-    for line in _written(trainer, callback, run, best):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n[bold]Finished[/] in {_duration(seconds)}; in {runs.short(run.folder)}:", highlight=False)
+    measured = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("val"))
+    for line in ([f"  measured   {measured}"] if measured else []) + _written(trainer, callback, run, best):
+        console.print(f"[cyan]{line[:12]}[/]{escape(line[12:])}", highlight=False, soft_wrap=True)
     console.print("\n[bold]Next[/]")
-    monitored = bool(getattr(trainer.checkpoint_callback, "monitor", None))
-    for what, command in _next(trainer, callback, run, best if monitored else "").items():
+    for what, command in _next(trainer, callback, run, best).items():
         console.print(f"  [dim]{what}[/]\n  {escape(command)}", highlight=False, soft_wrap=True)
 
 
 def _written(trainer: Trainer, callback: PEFT, run: Run, best: str) -> list[str]:
-    """What was written as lines of name, path, size and a word about it; no path is ever cut short."""
+    """Lines of name, path within the run's folder, size, and a word about it; no path is ever cut short."""
     about = {"adapter": "as of the last step", "merged": "the base with the adapter folded in"}
     rows = [(what, path, runs.size(path), about.get(what, "")) for what, path in callback.written.items()]
     rows = [(w, p, s, _proof(p) if w == "proof" else a) for w, p, s, a in rows]
@@ -165,7 +171,7 @@ def _written(trainer: Trainer, callback: PEFT, run: Run, best: str) -> list[str]
         rows.append(("checkpoint", Path(best), runs.size(Path(best)), told))
     if (metrics := run.folder / runs.METRICS).is_file():
         rows.append(("metrics", metrics, runs.size(metrics), "by step and epoch"))
-    paths = [runs.short(p) for _, p, _, _ in rows]
+    paths = [str(p.relative_to(run.folder)) if p.is_relative_to(run.folder) else runs.short(p) for _, p, _, _ in rows]
     width = max(map(len, paths), default=0)
     return [f"  {r[0]:<11}{p:<{width}}  {r[2]:>8}  {r[3]}" for r, p in zip(rows, paths, strict=True)]
 
@@ -188,7 +194,8 @@ def _next(trainer: Trainer, callback: PEFT, run: Run, best: str) -> dict[str, st
             hasattr(m, "save_pretrained") for m in trainer.lightning_module.modules()
         ):
             todo["to huggingface/peft's format"] = f"lightning-peft export {adapter} --format hf --output {folder}/hf"
-    if best:
+    saver = trainer.checkpoint_callback
+    if best and getattr(saver, "current_score", None) != getattr(saver, "best_model_score", None):
         source = shlex.quote(runs.short(best))
         todo["the best checkpoint's adapter"] = (
             f"lightning-peft export {source} --format lightning-peft --output {folder}/best"

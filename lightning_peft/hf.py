@@ -154,7 +154,7 @@ def _plugin(config: dict[str, Any]) -> type[Method]:
         ValueError: there is none, or several.
     """
     kinds = {name: str(registry.describe(name).traits.get("hf", "")) for name in registry.names()}
-    split = {name: kind.partition(":") for name, kind in kinds.items() if kind}
+    split = {name: kind.partition(":") for name, kind in kinds.items() if kind and not kind.endswith(":")}
     fits = [n for n, (kind, _, field) in split.items() if kind == config["peft_type"] and config.get(field, not field)]
     fits = [n for n in fits if split[n][2]] or fits
     if len(fits) > 1:

@@ -143,8 +143,8 @@ def unfreeze(model: nn.Module, names: Collection[str], by: str) -> None:
         warnings.warn(f"{by} trains {tied[other]!r}, and with it {other!r}: they are tied", stacklevel=3)
     if half := next((n for n, p in chosen.items() if p.dtype in (torch.float16, torch.bfloat16)), None):
         warnings.warn(
-            f"{by} trains weights of the model as they are, such as {half!r} in {chosen[half].dtype}: small steps round "
-            "to nothing there (in bfloat16 the next number after 1 is 1.0078); prefer a float32 model and bf16-mixed",
+            f"{by} trains weights of the model as they are, such as {half!r} in {chosen[half].dtype}: small steps "
+            "round to nothing there (bfloat16 has nothing between 1 and 1.0078); prefer a float32 model and bf16-mixed",
             stacklevel=3,
         )
 

@@ -69,7 +69,7 @@ def save_merged(model: nn.Module, folder: Path, proof: dict[str, Any]) -> dict[s
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     inner: Any = next((m for m in model.modules() if hasattr(m, "save_pretrained")), None)
-    if inner is not None:
+    if inner is not None and set(inner.parameters()) == set(model.parameters()):  # else a head beside it would be lost
         inner.save_pretrained(part)
     else:
         tensors, _ = _unshared(model.state_dict())
@@ -228,5 +228,3 @@ def _build(
         remove(model)
         raise
     return model
-
-

@@ -87,10 +87,13 @@ def _show(info: Info, console: Console) -> None:
     console.print("", grid, "")
     console.print(_options(info))
     console.print("\n[bold]on the command line[/]")
-    console.print(f"  lightning-peft fit --config FILE --peft.methods {info.name}{_example(info)}", highlight=False)
+    console.print(
+        f"  lightning-peft fit --config FILE --peft.methods {info.name}{_example(info, ' --peft.methods.{} {}')}",
+        highlight=False,
+    )
     console.print("[bold]in Python[/]")
-    module = info.target.partition(":")[0]
-    console.print(f"  from {module} import {cls}\n  Trainer(callbacks=[PEFT({cls}())])", highlight=False)
+    console.print(f"  from lightning_peft import PEFT\n  from lightning_peft.methods import {cls}", highlight=False)
+    console.print(f"  Trainer(callbacks=[PEFT({cls}({_example(info, '{}={}')}))])", highlight=False)
 
 
 def _options(info: Info) -> Table:
@@ -112,10 +115,11 @@ def _default(source: str) -> str:
     return {"dict": "{}", "list": "[]", "tuple": "()"}.get(made[1], source) if made else source
 
 
-def _example(info: Info) -> str:
+def _example(info: Info, form: str) -> str:
+    """The first number among the options with its default, in the given form."""
     for name, (kind, default) in info.fields.items():
         if kind in NUMERIC and default != "required":
-            return f" --peft.methods.{name} {default}"
+            return form.format(name, default)
     return ""
 
 

@@ -101,7 +101,8 @@ def _folded(host: Any, held: dict[str, Adapter]) -> tuple[Tensor, Tensor | None]
 
 
 def _changes_bias(host: Any) -> bool:
-    changing = any(type(a).bias is not WeightAdapter.bias for a in attached(host).values())
+    weighing = [a for a in attached(host).values() if isinstance(a, WeightAdapter)]
+    changing = any(type(a).bias is not WeightAdapter.bias for a in weighing)
     return changing and getattr(host, "bias", None) is not None
 
 

@@ -80,7 +80,8 @@ class Traits:
         needs_weights: its start depends on the base's values, so it cannot be injected on the meta device.
         encoder_only: cannot serve decoding with a cache.
         hf: huggingface/peft's type for it, "LORA"; where a field of that type's config makes the difference, with the
-            field: "LORA:use_dora". Empty for a method that peft has not; else ``to_hf`` and ``from_hf`` are given.
+            field: "LORA:use_dora". "LORA:" is written and never read, by a method that peft knows as another. Empty
+            for a method that peft has not; else ``to_hf`` and ``from_hf`` are given.
     """
 
     family: str

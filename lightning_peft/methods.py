@@ -1,6 +1,6 @@
-"""Every installed method by the name of its class, ours and third parties': ``from lightning_peft.methods import LoRA``.
+"""Every installed method by the name of its class: ``from lightning_peft.methods import LoRA``.
 
-Classes are found by entry point and imported when asked for.
+Ours and third parties' classes are found by entry point and imported when asked for.
 """
 
 from typing import Any

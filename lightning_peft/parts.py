@@ -46,6 +46,13 @@ class Attention:
         """Inputs of ``o`` that one unit stands for."""
         return self.heads // self.kv_heads * self.head_dim
 
+    def outputs(self, part: str) -> range:
+        """Outputs of its layer that are the part's, "q", "k" or "v": all of them, unless the layer is fused."""
+        widths = {"q": self.heads * self.head_dim} | dict.fromkeys("kv", self.kv_heads * self.head_dim)
+        before = [p for p in "qkv"["qkv".index(part) :: -1] if p != part and getattr(self, p) == getattr(self, part)]
+        start = sum(widths[p] for p in before)
+        return range(start, start + widths[part])
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLP:

@@ -5,6 +5,7 @@ whatever leaves the process is gathered first.
 """
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -118,26 +120,29 @@ def patch(trainer: Trainer, pl_module: LightningModule, patches: Patches) -> Non
 
         return load_trained
 
-    def save(old: Callable[..., Any]) -> Callable[..., Any]:
-        def save_whole(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-            if not strategy._save_distributed_checkpoint:
-                return old(checkpoint, filepath, storage_options)
-            path = Path(strategy.broadcast(filepath))
-            part = path.with_name(f".{path.name}.part")
-            if trainer.is_global_zero:
-                shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            strategy.barrier()
-            old(checkpoint, part, storage_options)
-            strategy.barrier()
-            if trainer.is_global_zero:
-                io.replace_folder(part, path)
-            strategy.barrier()
-
-        return save_whole
-
     patches.put(strategy, "lightning_module_state_dict", state_dict)
     patches.put(strategy, "load_checkpoint", load)
-    patches.put(strategy, "save_checkpoint", save)
+    patches.put(strategy, "save_checkpoint", functools.partial(_renamed_when_whole, trainer, strategy))
+
+
+def _renamed_when_whole(trainer: Trainer, strategy: ModelParallelStrategy, old: Callable[..., Any]) -> Any:
+    """Distributed checkpoints are folders, written beside their name and renamed."""
+
+    def save(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if not strategy._save_distributed_checkpoint:  # private: nothing else says so
+            return old(checkpoint, filepath, storage_options)
+        path = Path(strategy.broadcast(filepath))
+        part = path.with_name(f".{path.name}.part")
+        if trainer.is_global_zero:
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        strategy.barrier()
+        old(checkpoint, part, storage_options)
+        strategy.barrier()
+        if trainer.is_global_zero:
+            io.replace_folder(part, path)
+        strategy.barrier()
+
+    return save
 
 
 @contextlib.contextmanager
@@ -220,7 +225,7 @@ def _read(path: Path, weights_only: bool | None) -> dict[str, Any]:
         checkpoint = torch.load(path / METADATA if folder else path, "cpu", weights_only=weights_only, mmap=not folder)
         if folder:
             metadata = FileSystemReader(path).read_metadata().state_dict_metadata
-            tensors = {k: m.size for k, m in metadata.items() if hasattr(m, "size")}
+            tensors = {k: m.size for k, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
             at = "state_dict."
             shapes = {k.removeprefix(at): torch.empty(s, device="meta") for k, s in tensors.items() if k.startswith(at)}
             states = [k for k in metadata if k.startswith("optimizer_") and ".state." in k]

@@ -1,4 +1,4 @@
-"""Shared set-up: one thread a process (the suite runs in parallel), no network, warnings of ours are errors' cousins."""
+"""Shared set-up: one thread a process, for the suite runs in parallel, and no network."""
 
 import os
 

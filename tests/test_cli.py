@@ -1,6 +1,7 @@
 """The command line: what is listed, what a run writes where, what goes on from there. Mostly in this process."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -180,7 +181,7 @@ def test_a_fit_writes_its_folder_and_says_what_next(place: Path, capsys: Any) ->
     assert proof["hosts"] == 13 and proof["relative"] < 1e-4
     assert yaml.safe_load((run / "config.yaml").read_text())["name"] == "tiny"
     assert json.loads((run / "summary.json").read_text())["metrics"].keys() >= {"val_loss", "val_accuracy", "val_f1"}
-    for told in ("runs/tiny/adapter", checkpoint(), "runs/tiny/metrics.csv", "epoch 0", "val_accuracy"):
+    for told in ("in runs/tiny:", "adapter", Path(checkpoint()).name, "metrics.csv", "epoch 0", "val_accuracy"):
         assert told in out
     assert "lightning-peft test --config runs/tiny/config.yaml" in out
     merged = AutoModelForSequenceClassification.from_pretrained(run / "merged")
@@ -307,6 +308,42 @@ def test_a_quantised_base_trains_and_merges(place: Path) -> None:
     assert 0 < float((merged[key] - base[key.removeprefix("bert.")]).abs().max()) < 0.1 + step
 
 
+OWN = '''
+import lightning as L
+import torch
+from transformers import AutoModel
+
+
+class Own(L.LightningModule):
+    """A module that knows nothing of us, its head outside the transformer."""
+
+    def __init__(self, base: str) -> None:
+        super().__init__()
+        self.encoder, self.head = AutoModel.from_pretrained(base), torch.nn.Linear(32, 2)
+
+    def training_step(self, batch, batch_idx):
+        out = self.encoder(batch["input_ids"], attention_mask=batch["attention_mask"])
+        return torch.nn.functional.cross_entropy(self.head(out.pooler_output), batch["labels"])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+'''
+
+
+def test_a_module_of_ones_own_trains_and_merges_with_its_head(place: Path, capsys: Any) -> None:
+    Path("own_module.py").write_text(OWN)
+    config = yaml.safe_load(Path("tiny.yaml").read_text())
+    config["model"] = {"class_path": "own_module.Own", "init_args": {"base": "tiny"}}
+    config["peft"] |= {"model": "", "train": ["head"], "merge_at_end": True}
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "own.yaml"]) == 0
+    assert "lightning-peft test" not in capsys.readouterr().out  # it has no test_step
+    assert main(["merge", "runs/own/adapter", "--output", "out"]) == 0
+    trained = load_file("runs/own/adapter/adapter.safetensors")["head.weight"]
+    for folder in ("runs/own/merged", "out"):
+        assert torch.equal(merged_weights(folder)["head.weight"], trained)
+
+
 # ---- as a program ------------------------------------------------------------------------------------------------
 
 
@@ -321,8 +358,9 @@ def test_usage_and_version(capsys: Any) -> None:
 @pytest.mark.slow
 def test_ctrl_c_says_where_the_last_checkpoint_is(place: Path) -> None:
     args = [*COMMAND, "fit", "--config", "tiny.yaml", "--trainer.max_epochs", "100000"]
-    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen(args, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **default) as process:
+    own = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(args, preexec_fn=own, **pipes) as process:
         until = time.monotonic() + 120
         while not list(Path("runs").glob("tiny/checkpoints/*.ckpt")) and time.monotonic() < until:
             time.sleep(0.2)

@@ -76,7 +76,7 @@ OPTIONS = {
     "list": ((*FIT, "--peft.methods.targets", "query"), ("peft.methods.targets = query", "[a, b]"), 2),
     "rank": ((*FIT, "--peft.methods.r", "0"), ("rank of at least 1, got r=0",), 1),
     "targets": ((*FIT, "--peft.methods.targets", "[querry]"), ("'querry'", "nearest: 'query'"), 1),
-    "train": ((*FIT, "--peft.train", "[clasifier]"), ("'clasifier'", "'classifier"), 1),
+    "train": ((*FIT, "--peft.train", "[clasifier]"), ("'clasifier'", "model.classifier"), 1),
     "model part": ((*FIT, "--peft.model", "modell"), ("'modell'", "nearest: 'model'"), 1),
     "typo": ((*FIT, "--peft.methdos", "lora"), ("--peft.methdos", "nearest: peft.methods"), 2),
     "choice": ((*FIT, "--quantize", "nf5"), ("quantize = nf5", "'nf4', 'fp4', 'int8'"), 2),
@@ -86,7 +86,7 @@ OPTIONS = {
     "accelerator": ((*FIT, "--trainer.accelerator", "cpux"), ("cpux",), 1),
     "config file": (("fit", "--config", "none.yaml"), ("no file", "none.yaml"), 2),
     "no config": (("fit",), ("is needed",), 2),
-    "list of one": (("methods", "lorra"), ("'lorra'", "nearest: 'lora'"), 1),
+    "unknown method": (("methods", "lorra"), ("'lorra'", "nearest: 'lora'"), 1),
     "merge nothing": (("merge", "--output", "x"), ("required: source", "lightning-peft merge"), 2),
     "merge typo": (("merge", "x", "--outptu", "y"), ("required",), 2),
     "export format": (("export", "x", "--output", "y", "--format", "foo"), ("'foo'", "'hf'"), 2),
@@ -129,7 +129,7 @@ def test_configs(change: tuple[str, Any], parts: tuple[str, ...], ran: Path, cap
 
 def test_a_config_that_is_no_yaml_names_the_line(ran: Path, capsys: Any) -> None:
     Path("bad.yaml").write_text("model:\n  a: [1,\ntrainer: 3\n")
-    refused(capsys, ["fit", "--config", "bad.yaml"], "bad.yaml, line 3", "not YAML")
+    refused(capsys, ["fit", "--config", "bad.yaml"], "bad.yaml, line 2", "not YAML")
 
 
 # ---- data --------------------------------------------------------------------------------------------------------

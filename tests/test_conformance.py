@@ -15,10 +15,11 @@ from tests.zoo import ROWS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "lightning_peft_plugins"  # what pyproject.toml calls the folder plugins/
-METHODS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
-    registry.GROUP
-]
-FILES = sorted(p.relative_to(ROOT / "plugins") for p in (ROOT / "plugins").rglob("*.py") if p.name != "__init__.py")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+METHODS: dict[str, str] = PROJECT["entry-points"][registry.GROUP]
+SOURCES = {p.relative_to(ROOT / "plugins"): p.read_text() for p in sorted((ROOT / "plugins").rglob("*.py"))}
+FILES = [p for p, text in SOURCES.items() if re.search(r"^    traits = ", text, re.M)]  # the files that define a method
+SHARED = [p for p in SOURCES if p not in FILES and p.name != "__init__.py"]
 
 
 @parametrize_with_checks(ROWS, processes=True)
@@ -29,12 +30,22 @@ def test_conformance(check: Callable[[], None]) -> None:
 # ---- a method is its file, an entry point, a zoo row, a config and a line in the changelog -------------------------
 
 
+def module_of(file: Path) -> str:
+    return ".".join([PACKAGE, *file.with_suffix("").parts])
+
+
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_plugin_file_has_an_entry_point(file: Path) -> None:
-    module = ".".join([PACKAGE, *file.with_suffix("").parts])
-    assert module in {target.partition(":")[0] for target in METHODS.values()}, (
-        f"pyproject.toml names no {module}:CLASS"
-    )
+    known = {target.partition(":")[0] for target in METHODS.values()}
+    assert module_of(file) in known, f"pyproject.toml names no {module_of(file)}:CLASS"
+
+
+@pytest.mark.parametrize("file", SHARED, ids=str)
+def test_a_plugin_file_without_a_method_serves_several_that_have_one(file: Path) -> None:
+    package, _, name = module_of(file).rpartition(".")
+    line = rf"^from ({re.escape(package)} import .*\b{name}\b|{re.escape(module_of(file))} import )"
+    users = [str(p) for p in FILES if re.search(line, SOURCES[p], re.M)]
+    assert len(users) > 1, f"{file} defines no method (no `traits = `), and only {users} import from it"
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -323,6 +323,12 @@ def test_a_merge_that_is_wrong_is_refused_and_the_folder_still_written(tmp_path:
 VERBS = ("inject", "calibrate", "param_groups", "wrap_optimizer", "penalty", "before_step", "after_step", "finish")
 
 
+def test_methods_belong_in_one_callback(tmp_path: Path) -> None:
+    two = PEFT(methods.Plain(name="one")), PEFT(methods.Plain(name="two"))
+    with pytest.raises(ValueError, match=r"give one of them all methods, PEFT\(\[A\(\), B\(\)\]\)"):
+        trainer(tmp_path, *two).fit(Net(smooth), vectors())
+
+
 def test_several_methods_run_in_their_order_under_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     EVENTS.clear()
 

@@ -139,6 +139,13 @@ def test_calibration_is_skipped_on_a_resume_and_on_adapters_that_are_there(tmp_p
     assert len(EVENTS) == 3 and 0 < moved < 0.3  # Adam's steps of 0.01 from where they were, no new draw
 
 
+def test_calibration_keeps_to_the_batches_the_fit_is_limited_to(tmp_path: Path) -> None:
+    for limit, seen in ((2, 2), (0.5, 3), (0, 0)):
+        EVENTS.clear()
+        run(tmp_path, Net(), methods.Calibrated(), limit_train_batches=limit, max_epochs=1, data=vectors())
+        assert len(EVENTS) == seen
+
+
 def test_without_stats_the_structure_is_the_same_and_a_file_fills_it(tmp_path: Path) -> None:
     net = Watching(data=vectors)
     L.seed_everything(5, verbose=False)

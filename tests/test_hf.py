@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,19 +102,13 @@ def randomize(model: nn.Module) -> None:
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of a loss that reaches every output, under the names that ours has."""
+    """Gradients of a loss that reaches every output; ours and peft's under one name."""
     model.train().zero_grad()
     run(model, x).pow(2).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {
-        n.removeprefix("base_model.model.")
-        .replace("modules_to_save.default.", "")
-        .replace("lora_embedding_", "adapters.lora.")
-        .replace("lora_", "adapters.lora.")
-        .removesuffix(".default")
-        .replace(".default.weight", ""): g
-        for n, g in grads.items()
-    }
+    names = {n: n.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for n in grads}
+    names = {n: re.sub(r"\.default(\.weight)?$", "", short) for n, short in names.items()}
+    return {re.sub(r"adapters\.\w+\.|lora_embedding_|lora_|vera_lambda_", "", names[n]): g for n, g in grads.items()}
 
 
 def same_function(ours: nn.Module, theirs: nn.Module, base: nn.Module) -> None:
@@ -402,7 +397,8 @@ def theirs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"use_dora": True}, r"use_dora=True.*plugin such as 'dora' with Traits\(hf='LORA:use_dora'\)"),
+        ({"use_dora": True}, "lacks 4 of 12 adapter tensors, first '.*lora_magnitude_vector'"),
+        ({"use_qalora": True}, r"use_qalora=True.*plugin such as 'qalora' with Traits\(hf='LORA:use_qalora'\)"),
         ({"bias": "all"}, "bias='all'"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"lora_bias": True}, "lora_bias=True"),
@@ -416,7 +412,7 @@ def theirs(tmp_path: Path) -> Path:
         ({"init_lora_weights": "corda"}, "'corda'"),
         ({"init_lora_weights": "loftq"}, "'loftq'"),
         ({"r": 5}, "'bert.encoder.layer.0.attention.self.key' the rank 5, its tensors have 4|query' the rank 5"),
-        ({"peft_type": "LORO"}, "peft_type 'LORO'; nearest plugin: 'lora'; 'lora' reads LORA"),
+        ({"peft_type": "LORO"}, "peft_type 'LORO'; nearest plugin: 'lora';.* 'lora' reads LORA"),
         ({"peft_type": None}, "names no peft_type"),
     ],
 )

@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ LAYERS = [
     ("inject", "merge", "quantize", "surgery"),
     ("checks", "config", "hf", "hf_heads", "hf_names", "io"),
     ("calibration", "ckpt", "optim", "preflight", "report", "sentinel", "sharded", "strategies"),
+    ("loss", "placement"),
     ("callback",),
     ("data", "models", "testing"),
     ("bases", "cli", "cli_errors", "cli_names", "cli_output", "cli_resume", "commands", "listing"),
@@ -169,6 +171,12 @@ def _docstring(node: ast.AST) -> list[ast.AST]:
     body = getattr(node, "body", None)
     first = body[0] if isinstance(body, list) and body else None
     return [first.value] if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) else []
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    inits = (module_of(p) for p in [*CORE, *PLUGINS] if p.name == "__init__.py")
+    assert sorted(listed) == sorted(f"lightning_peft_{n}" if n.split(".")[0] == "plugins" else n for n in inits)
 
 
 @pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=name_of)

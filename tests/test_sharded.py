@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_peft_plugins.reparameterized.lora import LoRA
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -29,16 +29,13 @@ def _data_mesh(module: L.LightningModule) -> Any:
 
 
 class Sharded(Net):
-    """Shards each layer, then the rest, as FSDP2's users do."""
+    """Shards the first layer, then all the rest as one: layers of both kinds at the end of a forward."""
 
     def configure_model(self) -> None:
         if isinstance(self.net, FSDPModule):
             return
-        mesh = _data_mesh(self)
-        for layer in self.net:
-            if isinstance(layer, nn.Linear):
-                fully_shard(layer, mesh=mesh)
-        fully_shard(self.net, mesh=mesh)
+        for module in (self.net[0], self.net):
+            fully_shard(module, mesh=_data_mesh(self))
 
 
 class ShardedLlama(HFNet):
@@ -96,7 +93,10 @@ def _files_of_fsdp(root: Path, distributed: bool) -> dict[str, Any]:
     found: dict[Any, Any] = {}
     net, places = module(), (2, 3, 6, 7)
     saved = SaveAt(root, (1, *places)), SaveAt(root / "weights", [12], weights_only=True)
-    fit = fsdp(root, net, methods.Plain(), *saved, strategy=sharding(distributed))
+    keys = Keys()
+    fit = fsdp(root, net, methods.Plain(), keys, *saved, strategy=sharding(distributed))
+    assert all(".adapters." in key for key in keys.seen)
+    assert keys.seen or not (distributed or fit.is_global_zero)
     data = vectors(8, shuffle=False)
     found["predicted"] = outputs(fit.predict(net, data))
     found["tested"] = outputs(fit.predict(net, data, ckpt_path=root / "weights" / "12.ckpt"))
@@ -109,6 +109,13 @@ def _files_of_fsdp(root: Path, distributed: bool) -> dict[str, Any]:
     fresh = trainer(root, PEFT(methods.Plain(), folder=None), **TWO | {"strategy": sharding(distributed)})
     found["fresh"] = outputs(fresh.predict(module(), data, ckpt_path=root / "7.ckpt"))
     return found
+
+
+class Keys(L.Callback):
+    """What the strategy hands over for a checkpoint, before anybody filters it."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seen = list(trainer.strategy.lightning_module_state_dict())
 
 
 class Late(Sharded):

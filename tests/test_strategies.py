@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import lightning_peft as lp
@@ -53,6 +55,22 @@ class Ranked(Net):
         torch.manual_seed(100 + self.global_rank)
 
 
+def even() -> nn.Sequential:
+    """Two layers with as many biases."""
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+HANDOVER = methods.Handover(layers=("net.0", "net.2"))
+STATS: list[Any] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(methods.Calibrated):
+    def inject(self, model: nn.Module, stats: Any = None) -> None:
+        STATS.append(stats)
+        methods.Calibrated.inject(self, model, stats)
+
+
 def ranks_change(strategy: str = "ddp", **options: Any) -> Any:
     plan = ((2, (2, 0)), (4, (0, -1, 1, -1)))
     net = Net(smooth, optimizer=adam)
@@ -69,23 +87,24 @@ def in_ddp(root: Path) -> dict[str, Any]:
         net, method, options = ranks_change(strategy)
         run(root, net, method, **options)
         facts[strategy] = trained(net)
-    net = Net(optimizer=sgd)
-    run(root, net, methods.Handover())
-    facts["handover"] = [net.net[0].bias.detach(), net.net[3].bias.detach()]
+    net = Net(even, optimizer=sgd)
+    run(root, net, HANDOVER)
+    facts["handover"] = [net.net[0].bias.detach(), net.net[2].bias.detach()]
     facts["resume"] = _resume_in_ddp(root)
-    calibrated = Net(smooth)
-    run(root, calibrated, methods.Calibrated(), max_steps=1)
-    facts["calibrated"] = trained(calibrated)
+    run(root, Net(smooth), Noted(), max_steps=1)
+    facts["stats"] = STATS[-1]
     return facts
+
+
+IN_DDP = methods.Resizing(plan=((2, (2, 0)), (4, (0, 1, -1))))
 
 
 def _resume_in_ddp(root: Path) -> list[tuple[list[float], list[float], bool]]:
     def fit(ckpt: Path | None, *more: L.Callback) -> Net:
         net = Ranked(optimizer=adam)
-        method = methods.Resizing(plan=((2, (2, 0)), (4, (0, 1, -1))))
         data = vectors(56, 4)
         options = {"accumulate_grad_batches": 2, "max_steps": 7, "use_distributed_sampler": True}
-        run(root, net, method, *more, ckpt=ckpt, data=data, **options)
+        run(root, net, IN_DDP, *more, ckpt=ckpt, data=data, **options)
         return net
 
     places, found = (3, 4, 5, 7, 9, 11), []
@@ -99,17 +118,22 @@ def _resume_in_ddp(root: Path) -> list[tuple[list[float], list[float], bool]]:
 @pytest.mark.slow
 def test_two_processes_in_ddp(tmp_path: Path) -> None:
     first, second = launch(in_ddp, root=tmp_path)
-    for key in ("penalty", "ddp", "ddp_find_unused_parameters_true", "handover", "calibrated"):
+    for key in ("penalty", "ddp", "ddp_find_unused_parameters_true", "handover", "stats"):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
     torch.testing.assert_close(*first["penalty"], rtol=0, atol=0)
     net, method, options = ranks_change(devices=1, strategy="auto")
     run(tmp_path, net, method, data=vectors(batch_size=8, shuffle=False), **options)
     for strategy in ("ddp", "ddp_find_unused_parameters_true"):
         torch.testing.assert_close(first[strategy], trained(net), rtol=0, atol=1e-6)
-    net = Net(optimizer=sgd)
-    run(tmp_path, net, methods.Handover(), data=vectors(batch_size=8, shuffle=False), **ALONE)
-    start = Net()
-    assert all(not torch.equal(net.net[i].bias, start.net[i].bias) for i in (0, 3))
+    net = Net(even, optimizer=sgd)
+    run(tmp_path, net, HANDOVER, data=vectors(batch_size=8, shuffle=False), **ALONE)
+    start, biases = Net(even), [net.net[i].bias.detach() for i in (0, 2)]
+    assert all(not torch.equal(bias, start.net[i].bias) for bias, i in zip(biases, (0, 2), strict=True))
+    torch.testing.assert_close(first["handover"], biases, rtol=0, atol=1e-6)
+    assert first["stats"].keys() == {"net.0", "net.2"}
+    with pytest.warns(UserWarning, match="is of 2 processes and this fit has 1"):
+        alone = Ranked(optimizer=adam)
+        run(tmp_path, alone, IN_DDP, ckpt=tmp_path / "mid" / "5.ckpt", data=vectors(56), max_steps=7, **ALONE)
     for facts in (first, second):
         for whole, resumed, equal in facts["resume"]:
             assert whole == resumed and equal

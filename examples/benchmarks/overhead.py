@@ -74,7 +74,7 @@ def fit(by_hand: bool, config: BertConfig, steps: int, root: str) -> float:
     """Median seconds of a whole training step, callback hooks included."""
     module = Module(by_hand, config)
     method = LoRA(r=R, alpha=ALPHA, targets=("all-linear",))
-    callbacks = [] if by_hand else [lightning_peft.PEFT(method, folder=None)]
+    callbacks: list[L.Callback] = [] if by_hand else [lightning_peft.PEFT(method, folder=None)]
     g = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randint(0, 1000, (steps * 8, 64), generator=g), torch.randint(0, 2, (steps * 8,)))
     trainer = L.Trainer(

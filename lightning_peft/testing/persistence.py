@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft import hf, io, quant, registry, surgery
 from lightning_peft.attach import adapters
-from lightning_peft.config import describe
+from lightning_peft.config import describe, trained_names
 from lightning_peft.find import exact
 from lightning_peft.inject import find_record, inject, remove
 from lightning_peft.testing import fits
@@ -18,7 +18,6 @@ from lightning_peft.testing.compare import (
     Failed,
     Skipped,
     adapter_tensors,
-    base_parameters,
     base_tensors,
     require,
     require_close,
@@ -98,11 +97,11 @@ def check_remove(case: Case) -> None:
     model = Case(case.methods(), base, case.batch, case.train).trained()
     if surgery.record(model):
         raise Skipped("it cut the base, which is not undone")
-    trained = [n for n, p in base_parameters(model) if p.requires_grad]
+    trained = trained_names(model) & base_tensors(base).keys()
     remove(model)
     with torch.no_grad():
-        for name in trained:  # the one thing that remove does not write: base parameters that trained
-            model.get_parameter(name).copy_(base.get_parameter(name))
+        for name in trained:  # what remove does not write: base parameters that trained, buffers of their modules
+            base_tensors(model)[name].copy_(base_tensors(base)[name])
     keys = [n for n in model.state_dict() if n not in base.state_dict()]
     require(list(model.state_dict()) == list(base.state_dict()), "state-dict keys after remove", keys, "the base's")
     require_same("base tensors after remove", base_tensors(base), base_tensors(model))

@@ -21,13 +21,17 @@ def check(method: Any) -> None:
             raise ValueError(f"{name}'s alpha must be positive, got {where}={alpha}")
 
 
+def check_dropout(method: Any) -> None:
+    """Refuse a dropout out of range."""
+    if not 0 <= method.dropout < 1:
+        raise ValueError(f"{type(method).__name__}'s dropout must lie in [0, 1), got {method.dropout}")
+
+
 def check_draw(method: Any) -> None:
     """Refuse a dropout out of range, and a distribution of A that is not known."""
-    name = type(method).__name__
-    if not 0 <= method.dropout < 1:
-        raise ValueError(f"{name}'s dropout must lie in [0, 1), got {method.dropout}")
+    check_dropout(method)
     if method.init not in ("default", "gaussian"):
-        raise ValueError(f"{name}'s init must be 'default' or 'gaussian', got {method.init!r}")
+        raise ValueError(f"{type(method).__name__}'s init must be 'default' or 'gaussian', got {method.init!r}")
 
 
 def norm(r: int, rslora: bool) -> float:

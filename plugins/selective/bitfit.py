@@ -1,6 +1,7 @@
 """BitFit: train the biases the model already has. Ben Zaken et al. 2021, arXiv:2106.10199."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,8 @@ def is_bias(name: str, parameter: nn.Parameter) -> bool:
 class BitFit(Method):
     """b of every y = W x + b trains, and the biases of normalisation layers; W stays frozen. Nothing is added.
 
-    Biases train in the model's own dtype, on a quantised base too. A new head trains by ``train``, not by this.
+    Biases train in the model's own dtype, on a quantised base too, and without weight decay. A new head trains by
+    ``train``, not by this.
 
     Args:
         targets: "all"; roles, found by structure: "query", "key", "value", "attention_output", "intermediate" (first
@@ -44,6 +46,9 @@ class BitFit(Method):
     layers: str = ""
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
+        unfreeze(model, [n for n, _ in self._biases(model)], self.name)
+
+    def _biases(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         biases = [n for n, p in find(model, ("*",), nn.Parameter) if is_bias(n, p)]
         if not biases:
             raise ValueError(
@@ -51,8 +56,10 @@ class BitFit(Method):
                 "train its normalisation layers (norm_tuning) or some of its blocks (partial_tuning) instead"
             )
         chosen = dict.fromkeys(n for target in self.targets for n in self._match(model, target, biases))
-        found = find(model, [exact(n) for n in chosen], nn.Parameter, exclude=self.exclude, layers=self.layers)
-        unfreeze(model, [n for n, _ in found], self.name)
+        return find(model, [exact(n) for n in chosen], nn.Parameter, exclude=self.exclude, layers=self.layers)
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        return [{"params": list({id(p): p for _, p in self._biases(model)}.values()), "weight_decay": 0.0}]
 
     def _match(self, model: nn.Module, target: str, biases: list[str]) -> list[str]:
         if target == "all":

@@ -21,7 +21,8 @@ def is_norm(module: nn.Module) -> bool:
 class NormTuning(Method):
     """Weight and bias of normalisation layers train (layer, RMS, group, batch and instance norms). Nothing is added.
 
-    A batch norm that trains also goes on counting its running statistics, which are saved with it.
+    They train without weight decay. A batch norm that trains also goes on counting its running statistics, which are
+    saved with it.
 
     Args:
         targets: names and patterns of normalisation layers; all by default.
@@ -45,6 +46,10 @@ class NormTuning(Method):
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         unfreeze(model, [f"{n}.{p}" for n, m in self._norms(model) for p, _ in m.named_parameters()], self.name)
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        own = {id(p): p for _, m in self._norms(model) for p in m.parameters()}
+        return [{"params": list(own.values()), "weight_decay": 0.0}]  # decay pulls a scale to zero, not to one
 
     def _norms(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         types = tuple({type(m) for _, m in modules(model) if is_norm(m)})

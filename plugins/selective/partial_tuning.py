@@ -1,6 +1,6 @@
-"""Partial tuning: train some of the model's own layers in full. Surgical fine-tuning, Lee et al. 2022, arXiv:2210.11466.
+"""Partial tuning: train some of the model's own layers in full. Lee et al. 2022, arXiv:2210.11466.
 
-Choosing layers by their place and role as in Kunz 2024 (arXiv:2412.12674).
+Layers are chosen by place and role as in Kunz 2024 (arXiv:2412.12674).
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,9 @@ class PartialTuning(Method):
 
     def __post_init__(self) -> None:
         if self.last < 0:
-            raise ValueError(f"last counts blocks from the end, so it must be at least 1 (0: not used), got {self.last}")
+            raise ValueError(
+                f"last counts blocks from the end, so it must be at least 1 (0: not used), got {self.last}"
+            )
         if self.last and self.layers:
             raise ValueError(f"give layers or last, not both: got {self.layers!r} and {self.last}")
         if self.targets == ("*",) and not (self.exclude or self.layers or self.last):
