@@ -51,16 +51,20 @@ class Check:
     Args:
         name: such as "save_load".
         property: what must hold, in a sentence.
-        run: raises ``Failed`` where it does not, ``Skipped`` where it does not apply.
+        run: raises ``Failed`` where it does not, ``Skipped`` where that cannot be told.
+        unless: why it does not apply to a case, or "".
     """
 
     name: str
     property: str
     run: Callable[[Case], None]
+    unless: Callable[[Case], str] = lambda case: ""
 
     def __call__(self, case: Case) -> None:
         before = rng_state()
         try:
+            if reason := self.unless(case):
+                raise Skipped(reason)
             self.run(case)
         finally:  # unlike Lightning's isolate_rng, also after an error
             set_rng_state(before)
@@ -130,8 +134,12 @@ def checks(*, compile: bool = True, processes: bool = False) -> list[Check]:
         processes: with two-process training, which starts two processes once and takes about a second a method.
     """
     left_out = {"compile": not compile, "two_processes": not processes}
-    found = [Check(f.__name__.removeprefix("check_"), (f.__doc__ or "").strip().split("\n")[0], f) for f in _CHECKS]
-    return [c for c in found if not left_out.get(c.name)]
+    return [c for c in map(_check, _CHECKS) if not left_out.get(c.name)]
+
+
+def _check(run: Any) -> Check:
+    told = {"unless": run.unless} if hasattr(run, "unless") else {}
+    return Check(run.__name__.removeprefix("check_"), (run.__doc__ or "").strip().split("\n")[0], run, **told)
 
 
 def check_method(
@@ -184,7 +192,10 @@ def _result(check: Check, case: Case) -> Result:
 
 
 def parametrize_with_checks(rows: Sequence[Row], *, compile: bool = True, processes: bool = False) -> Any:
-    """A decorator that makes one test of every row and check; the test function takes ``check`` and calls it."""
+    """A decorator that makes one test of every row and check; the test function takes ``check`` and calls it.
+
+    A check that does not apply to a row makes no test.
+    """
     import pytest  # optional: needed by nothing else here
 
     def bind(row: Row, check: Check) -> Callable[[], None]:
@@ -201,7 +212,10 @@ def parametrize_with_checks(rows: Sequence[Row], *, compile: bool = True, proces
         found = checks(compile=compile, processes=processes)
         if unknown := row.known.keys() - {c.name for c in checks(processes=True)}:
             raise ValueError(f"row {row.id!r}: no check {sorted(unknown)}; there are {[c.name for c in found]}")
-        for check in found:
+        case, before = row.case(), rng_state()
+        applying = [c for c in found if not c.unless(case)]
+        set_rng_state(before)
+        for check in applying:
             marks = [pytest.mark.xfail(reason=row.known[check.name], strict=True)] if check.name in row.known else []
             params.append(pytest.param(bind(row, check), id=f"{row.id}-{check.name}", marks=marks))
     return pytest.mark.parametrize("check", params)

@@ -1,7 +1,7 @@
 """Tensors of a model by kind, and comparisons that say what was measured and what was allowed."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,16 @@ class Failed(AssertionError):
 
 class Skipped(Exception):  # noqa: N818 - an outcome, not an error
     """A property that does not apply here; says why."""
+
+
+def unless(reason: Callable[[Any], str]) -> Callable[[Any], Any]:
+    """Mark a check that does not apply where ``reason`` gives one for a case, which it does without running it."""
+
+    def mark(check: Any) -> Any:
+        check.unless = reason
+        return check
+
+    return mark
 
 
 def require(holds: bool, what: str, measured: object, allowed: object) -> None:
