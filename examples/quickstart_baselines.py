@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_peft import PEFT
+from lightning_peft.cli.runs import size
 from lightning_peft.data import DocstringTopics
 from lightning_peft.methods import LoRA
 from lightning_peft.models import TextClassifier
 from lightning_peft.models.source import MINILM
-from lightning_peft.runs import size
 
 
 class HeadOnly(TextClassifier):

@@ -14,13 +14,13 @@ from lightning_peft import __version__
 
 # command -> (module with a function `run(args) -> int`, what it does)
 COMMANDS = {
-    "methods": ("listing", "list the installed methods, or the options of one: methods lora"),
-    "fit": ("cli", "train: fit --config configs/quickstart.yaml"),
-    "validate": ("cli", "measure on the validation split"),
-    "test": ("cli", "measure on the test split"),
-    "predict": ("cli", "predict for the rows given"),
-    "merge": ("commands", "fold an adapter into its base and prove the outputs equal"),
-    "export": ("commands", "write an adapter in another format, huggingface/peft's for one"),
+    "methods": ("cli.listing", "list the installed methods, or the options of one: methods lora"),
+    "fit": ("cli.training", "train: fit --config configs/quickstart.yaml"),
+    "validate": ("cli.training", "measure on the validation split"),
+    "test": ("cli.training", "measure on the test split"),
+    "predict": ("cli.training", "predict for the rows given"),
+    "merge": ("cli.commands", "fold an adapter into its base and prove the outputs equal"),
+    "export": ("cli.commands", "write an adapter in another format, huggingface/peft's for one"),
 }
 DEBUG = "LIGHTNING_PEFT_DEBUG"
 INTERRUPTED = 130  # what a shell reports for a program ended by Ctrl-C
@@ -77,7 +77,7 @@ def _report(error: Exception) -> int:
         _say("error", text)
         return 2
     if text.startswith("Does not validate"):  # what a class raised while jsonargparse was making it
-        text = importlib.import_module("lightning_peft.cli_errors").unwrapped(error)
+        text = importlib.import_module("lightning_peft.cli.errors").unwrapped(error)
     foreseen = isinstance(error, ValueError | OSError) or kind == "MisconfigurationException"
     _say("error", text if foreseen and text else f"{kind}: {text}\n({DEBUG}=1 shows the traceback)")
     return 1

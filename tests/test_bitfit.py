@@ -19,8 +19,9 @@ from lightning_peft.callback import PEFT
 from lightning_peft.io import read_checkpoint, read_folder
 from lightning_peft.merge import captured, prove
 from lightning_peft.quantize import quantize
-from tests import nets, zoo
+from tests import nets
 from tests.selective import count, moved_by_training, trainable
+from tests.zoo import bases as zoo
 
 SELECTIVE = [BitFit(), NormTuning(), PartialTuning(last=1)]
 LARGE: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import lightning_peft as lp
-from lightning_peft import listing, registry
+from lightning_peft import registry
 from lightning_peft.__main__ import main
+from lightning_peft.cli import listing
 from lightning_peft.method import Traits
 from tests.workplace import COMMAND, checkpoint, make, make_run
 

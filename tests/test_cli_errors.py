@@ -256,5 +256,5 @@ def test_an_error_nobody_foresaw_keeps_its_type(ran: Path, capsys: Any, monkeypa
     def fails(*args: Any) -> int:
         raise RuntimeError("something inside")
 
-    monkeypatch.setattr("lightning_peft.listing.run", fails)
+    monkeypatch.setattr("lightning_peft.cli.listing.run", fails)
     refused(capsys, ["methods"], "RuntimeError: something inside", "LIGHTNING_PEFT_DEBUG=1")

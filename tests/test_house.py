@@ -19,7 +19,7 @@ PRAGMA = re.compile(r"\s*# (pyright|type|noqa|fmt)\b.*")  # for tools; ruff does
 LIGHTNING = ("lightning", "pytorch_lightning")
 # A lower layer never imports a higher one; modules of one layer may.
 LAYERS = [
-    ("methods", "patch", "quant", "registry", "resume", "runs", "watch"),
+    ("methods", "patch", "quant", "registry", "resume", "watch"),
     ("hosts",),
     ("adapter",),
     ("attach", "resize"),
@@ -30,13 +30,13 @@ LAYERS = [
     ("loss", "placement"),
     ("callback",),
     ("data", "models", "testing"),
-    ("bases", "cli", "cli_errors", "cli_names", "cli_output", "cli_resume", "commands", "listing"),
+    ("cli",),
     ("__main__",),
 ]
 # What may be imported inside a function: packages that are optional, and what needs them.
 OPTIONAL = {
     "bitsandbytes", "datasets", "jsonargparse", "peft", "pytest", "tensorboard", "transformers", "yaml",
-    "lightning_peft.cli_names",  # needs jsonargparse
+    "lightning_peft.cli.names",  # needs jsonargparse
 }  # fmt: skip
 # Files whose work it is to know a method: huggingface/peft's format has LoRA's names in it.
 NAME_METHODS = {"hf.py", "hf_names.py", "hf_heads.py"}

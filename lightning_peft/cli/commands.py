@@ -11,8 +11,9 @@ from typing import NoReturn
 import rich
 from rich.markup import escape
 
-from lightning_peft import cli_errors, cli_names, cli_output, hf, io, runs
-from lightning_peft.bases import Adapted, example_calls, move_record, rebuild
+from lightning_peft import hf, io
+from lightning_peft.cli import errors, names, output, runs
+from lightning_peft.cli.bases import Adapted, example_calls, move_record, rebuild
 from lightning_peft.inject import find_record
 from lightning_peft.merge import prove
 from lightning_peft.models.source import load_tokenizer, resolve
@@ -22,9 +23,9 @@ PROOF = "merge_proof.json"
 
 def run(args: Sequence[str]) -> int:
     """Run `merge` or `export`."""
-    cli_output.quieten()
+    output.quieten()
     sys.path.insert(0, os.getcwd())  # a config.yaml may name a class in a file here
-    cli_names.short_names()
+    names.short_names()
     return {"merge": _merge, "export": _export}[args[0]](_parse(args))
 
 
@@ -33,8 +34,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "required" in message:
-            raise cli_errors.Mistake(f"{message}, as in: {self.prog} runs/NAME/adapter --output FOLDER")
-        raise cli_errors.shortened(message, None, [o for a in self._actions for o in a.option_strings])
+            raise errors.Mistake(f"{message}, as in: {self.prog} runs/NAME/adapter --output FOLDER")
+        raise errors.shortened(message, None, [o for a in self._actions for o in a.option_strings])
 
 
 def _parse(args: Sequence[str]) -> argparse.Namespace:

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
-from lightning_peft import io, runs
+from lightning_peft import io
+from lightning_peft.cli import runs
 from lightning_peft.inject import RECORD, find_record
 from lightning_peft.merge import Call, captured
 from lightning_peft.models.source import resolve

@@ -20,9 +20,9 @@ from rich.markup import escape
 from rich.text import Text
 from torch import Tensor
 
-from lightning_peft import runs
 from lightning_peft.callback import PEFT
-from lightning_peft.runs import Run
+from lightning_peft.cli import runs
+from lightning_peft.cli.runs import Run
 
 # Messages of Lightning that tell a user of this command nothing, each by a part of its own.
 NOISE = (

@@ -75,7 +75,9 @@ def _within(key: str, path: str, told: str) -> str:
     """About an option of the class ``path`` that ``key`` names; ``told`` is shortened already."""
     cls = path.rpartition(".")[2]
     if option := re.match(r"there is no option '([^']+)'", told):
-        return f"{key}: {cls} has no option {option[1]!r}{_nearest(option[1], _arguments(path))}"
+        known = [a for a in _arguments(path) if a != "name"]
+        near = _nearest(option[1], known) or f"; it has {', '.join(known)}"
+        return f"{key}: {cls} has no option {option[1]!r}{near}"
     if option := re.match(r"(\w+) is needed", told):
         return f"{key}: {cls} needs {option[1]!r}: give it in the config file or as --{key}.{option[1]}"
     inner = re.match(r"[\w.]+(?: = .*)?: ", told)
