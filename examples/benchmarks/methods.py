@@ -1,0 +1,221 @@
+"""One table over methods: accuracy, trained parameters, step time, memory for backward, bytes of the adapter.
+
+    python examples/benchmarks/methods.py --train sst2/train.tsv --val sst2/dev.tsv [--methods lora dora] [--seeds 3]
+        [--peft] [--epochs 2] [--out TABLE.md]
+
+Trains MiniLM with each method on labelled sentences (tsv without a header: sentence, label) and measures on --val. With
+--peft also what huggingface/peft makes of the same adapter, read from the folder that `lightning_peft.hf` writes: the
+same start, the same options, the same optimizer. Step times are medians of steps taken in turn by all models, as ratios
+to LoRA's, so that a noisy machine slows all alike.
+"""
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from lightning.pytorch import Callback, Trainer, seed_everything
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_peft import PEFT, Method, hf, registry
+from lightning_peft.attach import adapters
+from lightning_peft.data import TextClassificationData
+from lightning_peft.inject import inject, pattern_selects
+from lightning_peft.models import TextClassifier
+from lightning_peft.models.source import MINILM
+
+HEAD = ("*classifier*",)
+# What a method needs beside its defaults, and learning rates other than 1e-3, as the papers and cards advise.
+OPTIONS: dict[str, dict[str, Any]] = {"partial_tuning": {"last": 1}}
+LEARNING_RATES = {"vera": 1e-2, "ia3": 1e-2, "vb_lora": 5e-3, "fourier_ft": 3e-2, "prompt_tuning": 1e-2,
+                  "prefix_tuning": 5e-3, "partial_tuning": 2e-4, "diff_pruning": 5e-4, "rand_lora": 5e-3}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table: a method, by us or by huggingface/peft."""
+
+    method: Method
+    by: str = "ours"
+
+    @property
+    def learning_rate(self) -> float:
+        return LEARNING_RATES.get(self.method.name, 1e-3)
+
+    def callbacks(self) -> list[Callback]:
+        return [PEFT(self.method, model="model", train=HEAD, folder=None)] if self.by == "ours" else []
+
+
+class Peft(TextClassifier):
+    """The classifier with its transformer wrapped by huggingface/peft, from the adapter that our method starts with."""
+
+    method: Method
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            super().configure_model()
+            self.model: Any = theirs(self.model, self.method)
+
+
+def theirs(model: Any, method: Method) -> nn.Module:
+    """huggingface/peft's model of the same adapter; the head trains along."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = {k: v.clone() for k, v in model.state_dict().items()}
+        inject(model, method)
+        hf.save(model, folder)
+        plain = type(model)(model.config)
+        plain.load_state_dict(base)
+        wrapped = peft.PeftModel.from_pretrained(plain, folder, is_trainable=True)
+    for name, parameter in wrapped.named_parameters():
+        if any(pattern_selects(p, name) for p in HEAD):
+            parameter.requires_grad_(True)
+    return wrapped
+
+
+def accuracy(entry: Entry, options: argparse.Namespace, seed: int) -> float:
+    """Of one fit on the validation rows, after the last epoch."""
+    seed_everything(seed, verbose=False)
+    data = TextClassificationData(
+        MINILM, train=options.train, val=options.val, columns=["text", "label"], max_length=64, batch_size=32
+    )
+    kind = TextClassifier if entry.by == "ours" else type("Peft", (Peft,), {"method": entry.method})
+    model = kind(MINILM, learning_rate=entry.learning_rate)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_epochs=options.epochs,
+        limit_train_batches=options.limit,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        callbacks=entry.callbacks(),
+        **quiet,
+    )
+    trainer.fit(model, data)
+    checker = Trainer(accelerator="cpu", enable_checkpointing=False, **quiet)
+    return float(checker.validate(model, data, verbose=False)[0]["val_accuracy"])
+
+
+class Stepper:
+    """One model, ready to take training steps on one batch."""
+
+    def __init__(self, entry: Entry, batch: dict[str, Tensor]) -> None:
+        seed_everything(0, verbose=False)
+        module = TextClassifier(MINILM, num_labels=2)
+        module.configure_model()
+        self.batch, self.seconds = batch, [0.0]
+        if entry.by == "ours":
+            head = [n for n, _ in module.model.named_parameters() if any(pattern_selects(p, n) for p in HEAD)]
+            inject(module.model, entry.method, train=head)
+            self.model: Any = module.model
+            held = {id(p): p for _, _, a in adapters(self.model) for p in a.parameters()}
+        else:
+            self.model = theirs(module.model, entry.method)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        heads = {id(p) for n, p in self.model.named_parameters() if any(pattern_selects(h, n) for h in HEAD)}
+        self.trained = sum(p.numel() for p in trained if id(p) not in heads)
+        self.optimizer = torch.optim.AdamW(trained, 1e-4)
+        if entry.by == "ours":
+            self.bytes = 4 * sum(p.numel() for p in held.values()) or 4 * self.trained
+        else:
+            self.bytes = 4 * self.trained
+        self.model.train()
+
+    def step(self) -> None:
+        began = time.perf_counter()
+        self.model(**self.batch).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seconds.append(time.perf_counter() - began)
+
+    def saved(self) -> int:
+        """Bytes of tensors that one forward keeps for its backward, weights not counted, storages counted once."""
+        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
+        kept: dict[int, Tensor] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = self.model(**self.batch).loss
+        size = sum(t.untyped_storage().nbytes() for t in kept.values())
+        del loss
+        return size
+
+
+def step_ratios(steppers: list[Stepper], reference: Stepper, rounds: int) -> list[float]:
+    """Median over rounds of each model's step over the reference's in the same round."""
+    for _ in range(rounds + 1):  # the first warms up
+        for stepper in steppers:
+            stepper.step()
+    return [
+        statistics.median(a / b for a, b in zip(s.seconds[2:], reference.seconds[2:], strict=True)) for s in steppers
+    ]
+
+
+def entries(names: list[str], with_peft: bool) -> list[Entry]:
+    found = []
+    for name in names:
+        method = registry.load(name)(**OPTIONS.get(name, {}))
+        found.append(Entry(method))
+        if with_peft and method.traits.hf and not method.traits.hf.endswith(":"):
+            found.append(Entry(method, "peft"))
+    return found
+
+
+def lines(options: argparse.Namespace) -> list[str]:
+    chosen = entries(["lora", *(n for n in options.methods if n != "lora")], options.peft)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, (32, 32), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+    steppers = [Stepper(entry, batch) for entry in chosen]
+    saved = [s.saved() for s in steppers]
+    ratios = step_ratios(steppers, steppers[0], options.rounds)
+    rows = ["| method | by | accuracy | trained | step / LoRA's | saved for backward | adapter |",
+            "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for entry, stepper, ratio, kept in zip(chosen, steppers, ratios, saved, strict=True):
+        seeds = range(1, 1 + options.seeds)
+        scores = [accuracy(entry, options, seed) for seed in seeds]
+        spread = f" +- {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
+        rows.append(
+            f"| {entry.method.name} | {entry.by} | {statistics.mean(scores):.2%}{spread} | {stepper.trained:,} | "
+            f"{ratio:.2f} | {kept / 1e6:.1f} MB | {stepper.bytes / 1e3:,.0f} kB |"
+        )
+        Console().print(rows[-1], highlight=False, soft_wrap=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--val", required=True)
+    parser.add_argument("--methods", nargs="+", default=[n for n in registry.names()])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=1.0, help="share of the training rows")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each model for the times")
+    parser.add_argument("--peft", action="store_true", help="also huggingface/peft's version where it has the method")
+    parser.add_argument("--out", type=Path, help="write the table here")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    table = "\n".join(lines(options)) + "\n"
+    if options.out:
+        options.out.write_text(table)
+
+
+if __name__ == "__main__":
+    main()
