@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_peft import ckpt, io, loss, optim, report, resume, sharded, strategies
 from lightning_peft.attach import modules
+from lightning_peft.history import History
 from lightning_peft.inject import find_record
 from lightning_peft.merge import Call, Merged, captured, merge, prove
 from lightning_peft.method import Method, Step
@@ -87,6 +88,7 @@ class PEFT(Callback):
         if self._merged is not None:
             self._merged.undo()  # the adapters go on from where they were
             self._merged = None
+        self.history = History(self.methods)
         strategies.use_atomic_files(trainer)
         ckpt.hook(pl_module)
         self.placement.start()
@@ -132,13 +134,15 @@ class PEFT(Callback):
             io.check_folder(self._folder, self.run, self.overwrite)
         if self.tape.pending:
             resume.set_gradients(pl_module, self.tape.pending["gradients"])
+        self.history.start(trainer, self.target(pl_module))
         self._planned = optim.planned_steps(trainer) if self.total_steps is None else self.total_steps
         self._stepped = self._before = trainer.global_step
         self._before -= 1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for _, module in modules(self.target(pl_module)):
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _trains(module):
+            frozen = not any(p.requires_grad for p in module.parameters(recurse=False))
+            if frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()  # a frozen norm keeps its statistics: they are part of the base
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -171,14 +175,14 @@ class PEFT(Callback):
         target = self.target(pl_module)
         self.sentinel.after_step(trainer, target)
         changing = self._overriding("after_step")
-        if not changing:
-            return
-        before = _shapes(target)
+        before = strategies.layout(target) if changing else []
         for method in changing:
             method.after_step(target, self._step(trainer))
-        if (after := _shapes(target)) != before:
+        after = strategies.layout(target) if changing else []
+        self.history.after_step(trainer, pl_module, target, changed=after != before)
+        if after != before:
             sizes = (sum(n for _, n in shapes) for shapes in (before, after))
-            rank_zero_info("step {}: {} -> {} trainable parameters".format(trainer.global_step, *sizes))
+            rank_zero_info("step {}: {:,} -> {:,} trainable parameters".format(trainer.global_step, *sizes))
             strategies.rewrap(trainer, pl_module)
 
     def _step(self, trainer: Trainer) -> Step:
@@ -209,6 +213,16 @@ class PEFT(Callback):
                 "states, place in the data and open accumulation window do not fit, so other batches follow"
             )
 
+    @property
+    def state_key(self) -> str:
+        return f"PEFT{[m.name for m in self.methods]}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history.values} if self.history.values else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history.values = state_dict["history"]
+
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,13 +236,13 @@ class PEFT(Callback):
         if self._folder is not None and trainer.is_global_zero:
             whole = {"overwrite": self.overwrite, "run": self.run, "tensors": tensors}
             self.written["adapter"] = io.save(target, self._folder, **whole)
+        self.written |= self.history.end(trainer, target, self._folder and self._folder.parent)
         if self.merge_at_end:
             self._merged, proof = prove(target, self._calls, self.merge_tolerance)
             rank_zero_info(f"merged {proof.hosts} layers; outputs differ by at most {proof.largest:.3g}")
             if self._folder is not None and trainer.is_global_zero:
                 self.written |= io.save_merged(target, self._folder.with_name("merged"), asdict(proof))
-        for what, path in self.written.items():
-            log.info(f"{what}: {path}")
+        log.info("\n".join(f"{what}: {path}" for what, path in self.written.items()))
 
     def _output_folder(self, trainer: Trainer) -> Path | None:
         root = trainer.log_dir or trainer.default_root_dir  # asked on every rank: it is broadcast
@@ -239,12 +253,3 @@ class PEFT(Callback):
         self._patches.undo()
         if self._remerge:
             self._merged = merge(self.target(pl_module))
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters(recurse=False))
-
-
-def _shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """(identity, size) of what trains: DDP must be wrapped anew also where others train, of the same sizes."""
-    return [(id(p), p.numel()) for p in model.parameters() if p.requires_grad]

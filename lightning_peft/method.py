@@ -147,6 +147,14 @@ class Method(abc.ABC):
     def finish(self, model: nn.Module) -> None:
         """End of the fit, before the optional merge."""
 
+    def report(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """What is worth seeing over time: quantity -> layer -> value, such as ``{"rank": {"layer.0.query": 8}}``.
+
+        Asked now and then after an optimizer step. The host logs the means, says when whole numbers changed with the
+        shapes, and at the end writes every value to a CSV and draws each quantity by layer and step.
+        """
+        return {}
+
     def adapters(self, model: nn.Module) -> Iterator[tuple[str, Any, Adapter]]:
         """(module name, host, adapter) of every adapter of this method."""
         return adapters(model, self.name)

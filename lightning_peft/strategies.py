@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import nn
 
 from lightning_peft import io
 
@@ -47,6 +48,11 @@ def use_atomic_files(trainer: Trainer) -> None:
 def can_change_shapes(trainer: Trainer) -> bool:
     """True for strategies that ``rewrap`` serves."""
     return isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy)
+
+
+def layout(model: nn.Module) -> list[tuple[int, int]]:
+    """(identity, size) of what trains: DDP must be wrapped anew also where others train, of the same sizes."""
+    return [(id(p), p.numel()) for p in model.parameters() if p.requires_grad]
 
 
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:

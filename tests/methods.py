@@ -261,6 +261,13 @@ class Resizing(Method):
                 for _, _, adapter in self.adapters(model):
                     move_rank(adapter, list(index), step.optimizers)
 
+    def report(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        held: dict[str, Any] = {name: a for name, _, a in self.adapters(model)}
+        return {
+            "rank": {name: len(a.A) for name, a in held.items()},
+            "size": {name: float(a.A.abs().mean()) for name, a in held.items()},
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Handover(Method):
