@@ -52,7 +52,7 @@ class Way:
 
 
 WAYS = (
-    Way("head only", HeadOnly, 1e-2),
+    Way("head only", HeadOnly, 3e-2),
     Way("LoRA, r = 8", TextClassifier, 2e-3, LoRA(r=8, alpha=16)),
     Way("every weight", TextClassifier, 1e-4),
 )
