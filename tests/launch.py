@@ -83,6 +83,11 @@ def _main(module: str, name: str, folder: str) -> None:
     function = getattr(importlib.import_module(module), name)
     result = function(**torch.load(Path(folder) / "kwargs.pt", weights_only=False))
     torch.save(result, Path(folder) / f"{os.environ['LOCAL_RANK']}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads may still be running, and C++ ends a process whose threads outlive their owner
 
 
 if __name__ == "__main__":

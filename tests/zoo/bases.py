@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     T5Config,
@@ -35,7 +37,7 @@ def nf4_llama() -> nn.Module:
 
 def gpt2() -> nn.Module:
     config = GPT2Config(vocab_size=V, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
-    config.use_cache = False
+    config.use_cache, config.loss_type = False, "ForCausalLM"  # guessing the loss warns, which breaks a compiled graph
     return GPT2LMHeadModel(config).eval()
 
 
@@ -44,6 +46,13 @@ def t5() -> nn.Module:
     more: dict[str, Any] = {"decoder_start_token_id": 0, "use_cache": False, "tie_word_embeddings": False}
     config = T5Config(vocab_size=V, num_decoder_layers=2, **sizes, **more)
     return T5ForConditionalGeneration(config).eval()
+
+
+def bart() -> nn.Module:
+    sizes: dict[str, Any] = {"d_model": 32, "vocab_size": V, "max_position_embeddings": 32, "use_cache": False}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 48}
+    return BartForConditionalGeneration(BartConfig(**sizes, decoder_start_token_id=2, forced_eos_token_id=None)).eval()
 
 
 def vit() -> nn.Module:
