@@ -37,8 +37,10 @@ def nf4_llama() -> nn.Module:
 
 def gpt2() -> nn.Module:
     config = GPT2Config(vocab_size=V, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
-    config.use_cache, config.loss_type = False, "ForCausalLM"  # guessing the loss warns, which breaks a compiled graph
-    return GPT2LMHeadModel(config).eval()
+    config.use_cache = False
+    model = GPT2LMHeadModel(config).eval()
+    model.loss_type = "ForCausalLM"  # its class's name does not tell, and guessing warns, which a compiled graph cannot
+    return model
 
 
 def t5() -> nn.Module:
