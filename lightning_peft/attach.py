@@ -54,7 +54,7 @@ def _adapted(cls: type[nn.Module]) -> type[nn.Module]:
             return _rebuild, (cls,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
     Adapted.__name__ = f"Adapted{cls.__name__}"
-    Adapted.__qualname__ = Adapted.__name__
+    Adapted.__qualname__ = cls.__qualname__  # transformers looks up what a model can record by str(type(model))
     Adapted.__module__ = cls.__module__
     return Adapted
 

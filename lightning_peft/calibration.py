@@ -54,14 +54,14 @@ def run(
     pl_module.to(trainer.strategy.root_device)
     stats: dict[str, Any] = {}
     for method in chosen:
-        with _frozen(model, train), _untouched(trainer, pl_module), torch.enable_grad():
+        with frozen(model, train), _untouched(trainer, pl_module), torch.enable_grad():
             found = method.calibrate(model, _batches(trainer, method, batches), lambda b: _loss(trainer, pl_module, b))
         stats[method.name] = move_data_to_device(trainer.strategy.broadcast(found), trainer.strategy.root_device)
     return stats
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module, train: Sequence[str]) -> Iterator[None]:
+def frozen(model: nn.Module, train: Sequence[str]) -> Iterator[None]:
     """What trains is what will train beside the method, so that it finds the targets that ``inject`` will find."""
     before = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)

@@ -98,8 +98,9 @@ def _match(model: nn.Module, target: str, named: dict[str, Any], types: Types) -
     several = types if isinstance(types, tuple) else (types,)
     what = " or ".join(t if isinstance(t, str) else t.__name__ for t in several)
     present = arch.present_roles(model)
+    around = {p for n in named for p in _parents(n)} if types is nn.Parameter else set()
     raise ValueError(
-        f"no {what} matches {target!r}; nearest: {nearest(target, named)}"
+        f"no {what} matches {target!r}; nearest: {nearest(target, named.keys() | around)}"
         + (f"; roles here: {', '.join(present)}" if present else "")
     )
 

@@ -114,7 +114,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     source = str(folder)
     config, tensors = _read(Path(folder))
     cls = _plugin(config)
-    base, tensors = _split(model, config, tensors, source)
+    base, tensors = _split(model, config, _once(tensors), source)
     below = _by_module(model, tensors)
     method = cls.from_hf(config, below, model)
     inject(model, method, train=[exact(n) for n, _ in model.named_parameters() if n in base])
@@ -166,6 +166,13 @@ def _plugin(config: dict[str, Any]) -> type[Method]:
     return registry.load(fits[0])
 
 
+def _once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the copies that peft writes under every layer of a tensor of the whole model that they share."""
+    whole = {k.removeprefix("base_model."): t for k, t in tensors.items() if not k.startswith(PREFIX)}
+    above = {k: whole.get(k.rpartition(".")[2]) for k in tensors if k.startswith(PREFIX)}
+    return {k: t for k, t in tensors.items() if (same := above.get(k)) is None or not torch.equal(same, t)}
+
+
 def _split(
     model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -176,6 +183,8 @@ def _split(
     rest: dict[str, Tensor] = {}
     for full, tensor in tensors.items():
         key = full.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if key not in state:  # peft leaves the prefix short around a model with a soft prompt
+            key = key.removeprefix(f"{PREFIX.partition('.')[0]}.")
         if key not in state:
             rest[full] = tensor
         elif tensor.shape != state[key].shape:

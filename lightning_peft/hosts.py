@@ -41,11 +41,12 @@ def shape(host: Any) -> tuple[int, int]:
     """(out, in) of the weight as a matrix, right for quantised layers too, whose stored shape says nothing."""
     if isinstance(host, nn.Linear):
         return host.out_features, host.in_features
-    out, fan_in = _matrix(host, host.weight).shape
+    out, fan_in = as_matrix(host, host.weight).shape
     return out, fan_in
 
 
-def _matrix(host: Any, weight: Tensor) -> Tensor:
+def as_matrix(host: Any, weight: Tensor) -> Tensor:
+    """What has the shape of the stored weight, such as its gradient, as an (out, in) matrix; a view."""
     return weight.T if _transposed(host) else weight.flatten(1) if isinstance(host, Conv) else weight
 
 
@@ -55,7 +56,7 @@ def _stored(host: Any, matrix: Tensor) -> Tensor:
 
 def read(host: Any) -> Tensor:
     """The weight as an (out, in) matrix, dequantised; a view of the stored one where that is possible."""
-    return _matrix(host, quant.dequantize(host) if quant.kind(host) else host.weight)
+    return as_matrix(host, quant.dequantize(host) if quant.kind(host) else host.weight)
 
 
 def write(host: Any, matrix: Tensor) -> None:
@@ -80,7 +81,7 @@ def run(host: Any, matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Ten
     if isinstance(host, nn.Embedding):
         rows = F.embedding(
             x,
-            _stored(host, matrix),
+            _stored(host, matrix.to(host.weight.dtype)),
             host.padding_idx,
             scale_grad_by_freq=host.scale_grad_by_freq,
         )  # not host.sparse: a sparse gradient cannot pass the transposition

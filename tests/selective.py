@@ -41,9 +41,16 @@ def randomize(model: nn.Module) -> None:
 
 def short(name: str) -> str:
     """The name of a tensor of ours or peft's without what either adds."""
-    for part in ("base_model.model.", "adapters.ia3.", ".default", "ln_tuning_layers.", "ia3_"):
+    for part in (
+        "base_model.model.",
+        "adapters.ia3.",
+        "adapters.sparse_mask.",
+        ".default",
+        "ln_tuning_layers.",
+        "ia3_",
+    ):
         name = name.replace(part, "")
-    return name
+    return name.replace("shira_weight", "v")
 
 
 def results(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

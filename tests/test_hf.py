@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from lightning_peft_plugins.reparameterized.lora import LoRA
+from lightning_peft_plugins.reparameterized.rand_lora import RandLoRA
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
@@ -495,6 +496,21 @@ def test_tensors_without_a_place_are_refused(theirs: Path, change: Any, says: st
     with pytest.raises(ValueError, match=says):
         hf.load(base, theirs)
     assert not list(lp.adapters(base))
+
+
+def test_copies_of_what_layers_share_are_read_once(tmp_path: Path) -> None:
+    """peft writes RandLoRA's matrices again under every layer; a copy that differs is a tensor without a place."""
+    base = still_bert()
+    ours = copy.deepcopy(base)
+    lp.inject(ours, RandLoRA(r=8, alpha=8.0, targets=("query",)))
+    hf.save(ours, tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    shared, below = "base_model.randlora_A", "base_model.model.bert.encoder.layer.0.attention.self.query.randlora_A"
+    save_file(tensors | {below: tensors[shared].clone()}, tmp_path / TENSORS)
+    hf.load(copy.deepcopy(base), tmp_path)
+    save_file(tensors | {below: tensors[shared] + 1}, tmp_path / TENSORS)
+    with pytest.raises(ValueError, match=r"holds 1 adapter tensors .* that nothing here takes, first .*query.randlora_A"):
+        hf.load(base, tmp_path)
 
 
 def test_another_base_is_noticed(theirs: Path) -> None:

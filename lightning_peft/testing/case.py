@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_map  # private: flattens what models take and return
 
-from lightning_peft import optim, registry
+from lightning_peft import calibration, optim, registry
 from lightning_peft.attach import modules
 from lightning_peft.find import exact, nearest
 from lightning_peft.inject import find_record, inject, pattern_selects, penalty
@@ -88,10 +88,12 @@ class Case:
         model, mine = self.base(), self.methods()
         torch.manual_seed(0)
         looking = [m for m in mine if type(m).calibrate is not Method.calibrate]
-        stats = {m.name: m.calibrate(model, [self.batch] * 2, lambda b: self.loss(model, b)) for m in looking}
+        names = self.train if train is None else list(train)
+        with calibration.frozen(model, names):
+            stats = {m.name: m.calibrate(model, [self.batch] * 2, lambda b: self.loss(model, b)) for m in looking}
         model.zero_grad()
         methods = [*others, *mine] if first else [*mine, *others]
-        inject(model, methods, train=[exact(n) for n in (self.train if train is None else train)], stats=stats)
+        inject(model, methods, train=[exact(n) for n in names], stats=stats)
         return model
 
     def trained(self, steps: int = 3, train: Sequence[str] | None = None) -> Any:

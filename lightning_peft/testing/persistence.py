@@ -177,7 +177,9 @@ def check_two_processes(case: Case) -> None:
     require_same("tensors of the two processes", first, second)
     shapes = [{n: tuple(t.shape) for n, t in side.items()} for side in (here, first)]
     require(shapes[0] == shapes[1], "shapes of trained tensors", shapes[1], shapes[0])
-    moved = max(_farthest(here[n], one.start[n]) for n in here if here[n].shape == one.start[n].shape)
+    floats = {n: t for n, t in here.items() if t.is_floating_point() and t.numel()}  # of another shape: from zero
+    starts = {n: one.start[n] if one.start[n].shape == t.shape else torch.zeros_like(t) for n, t in floats.items()}
+    moved = max(_farthest(t, starts[n]) for n, t in floats.items())
     apart = max(_farthest(here[n], first[n]) for n in here)
     require(moved > 0, "movement in 3 steps of SGD", moved, "more")
     require(apart <= PARITY * moved, "two processes against one", f"{apart:.3g}", f"{PARITY * moved:.3g}")

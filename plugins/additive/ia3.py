@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +16,14 @@ PLACES = ("key", "value", "mlp")
 HF_FIELDS = ("feedforward_modules", "fan_in_fan_out", "init_ia3_weights")
 
 
-def _per_channel(scale: Tensor, host: Any) -> Tensor:
-    """(channels,) shaped for what the host takes or returns: (..., channels), or (batch, channels, *space)."""
-    return scale.view(-1, *[1] * len(getattr(host, "kernel_size", ())))
-
-
 class IA3Output(WeightAdapter):
     """``y = l * base(x)``, one factor an output, the bias's included."""
 
     axes = {"l": ("out",)}
 
-    def __init__(self, length: int, around: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, host: Any, around: tuple[int, int]) -> None:
         super().__init__()
-        self.l = nn.Parameter(torch.empty(length))
+        self.l = nn.Parameter(torch.empty(hosts.shape(host)[0] - sum(around)))
         self.around = around  # numbers of outputs before and after those that are scaled
         self.reset_parameters()
 
@@ -61,10 +55,10 @@ class IA3Input(WeightAdapter):
 
     axes = {"l": ("in",)}
 
-    def __init__(self, length: int, groups: int = 1) -> None:
+    def __init__(self, host: Any) -> None:
         super().__init__()
-        self.l = nn.Parameter(torch.empty(length))
-        self.groups = groups
+        self.l = nn.Parameter(torch.empty(getattr(host, "in_channels", hosts.shape(host)[1])))
+        self.groups = getattr(host, "groups", 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -84,6 +78,11 @@ class IA3ConvInput(IA3Input):
     axes = {"l": ("channels",)}
 
 
+def _per_channel(scale: Tensor, host: Any) -> Tensor:
+    """(channels,) shaped for what the host takes or returns: (..., channels), or (batch, channels, *space)."""
+    return scale.view(-1, *[1] * len(getattr(host, "kernel_size", ())))
+
+
 @dataclass(frozen=True, kw_only=True)
 class IA3(Method):
     """l * (W x + b) on key and value projections, W (l * x) + b on the last layer of each MLP; l starts at one.
@@ -92,12 +91,11 @@ class IA3(Method):
 
     Args:
         places: which of "key", "value" and "mlp", found by structure; in encoder and decoder, cross-attention included.
-        target_output: names, patterns or roles of layers whose outputs to scale, in place of ``places``.
+            Of a projection that is queries, keys and values in one (GPT-2) the outputs of the chosen places alone.
+        target_output: names, patterns or roles of layers whose outputs to scale, all of them, in place of ``places``.
         target_input: the same for layers whose inputs to scale.
         exclude: patterns of layers to leave out.
         layers: blocks to adapt, as slices and numbers: "0:6", "-4:", "0,2,11"; all when empty.
-        whole_fused: of a projection that is queries, keys and values in one (GPT-2) scale the queries too, as
-            huggingface/peft does; its folders are read so.
     """
 
     traits = Traits(
@@ -114,7 +112,6 @@ class IA3(Method):
     target_input: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     layers: str = ""
-    whole_fused: bool = False
 
     def __post_init__(self) -> None:
         if not self.places or (unknown := [p for p in self.places if p not in PLACES]):
@@ -123,56 +120,46 @@ class IA3(Method):
             raise ValueError("target_output and target_input say where, so places has no effect: give one or the other")
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
-        given = self.target_output or self.target_input
-        outputs, inputs = (self.target_output, self.target_input) if given else self._by_structure(model)
-        scaled = [{n for n, _ in find(model, t, self.traits.hosts)} if t else set() for t in (outputs, inputs)]
-        if both := sorted(set.intersection(*scaled)):
+        around: dict[str, tuple[int, int]] = {}
+        outputs, inputs = list(self.target_output), list(self.target_input)
+        if not outputs + inputs:
+            around, inputs = self._by_structure(model)
+            outputs = [exact(n) for n in around]
+        at = [{n for n, _ in find(model, t, self.traits.hosts)} if t else set() for t in (outputs, inputs)]
+        if both := sorted(at[0] & at[1]):
             raise ValueError(f"{self.name}: {both[0]!r} is a target for its output and for its input; give it once")
-        fused = self._fused(model)
-        found = find(model, [*outputs, *inputs], self.traits.hosts, exclude=self.exclude, layers=self.layers)
-        if self.whole_fused and not any(n in fused for n, _ in found):
-            raise ValueError(f"{self.name}: whole_fused has no effect, no target is a fused projection")
-        for name, host in found:
-            around = (0, 0) if self.whole_fused else fused.get(name, (0, 0))
-            attach(host, self.name, _input(host) if name in scaled[1] else _output(host, around))
+        found = dict(find(model, outputs + inputs, self.traits.hosts, exclude=self.exclude, layers=self.layers))
+        for name, host in found.items():
+            attach(host, self.name, _output(host, around.get(name, (0, 0))) if name in at[0] else _input(host))
         for a in parts.attentions(model):
             norms = [n for n, _ in model.get_submodule(a.name).named_children() if n[0] == "k" and "norm" in n]
-            if norms and any(n == a.k for n, _ in found):
+            if norms and a.k in found:
                 warnings.warn(f"{a.name}.{norms[0]} normalises each head's keys, which undoes what l on {a.k!r} has in "
                               "common over a head (likewise in other blocks)", stacklevel=2)  # fmt: skip
                 break
 
-    def _by_structure(self, model: nn.Module) -> tuple[list[str], list[str]]:
-        """Patterns of the layers whose outputs, and of those whose inputs are scaled."""
+    def _by_structure(self, model: nn.Module) -> tuple[dict[str, tuple[int, int]], list[str]]:
+        """Layers -> numbers of outputs before and after those to scale; patterns of layers whose inputs to scale."""
         attentions, mlps = parts.attentions(model), parts.mlps(model)
         for place, (role, known) in zip(PLACES, [("attention", attentions)] * 2 + [("mlp", mlps)], strict=True):
             if place in self.places and not known:
-                raise ValueError(
-                    f"{self.name}: this {type(model).__name__} has no layer for {place!r} that its structure tells; "
-                    f"name layers by target_output and target_input, such as {arch.role(model, role)[:4]}, or leave "
-                    f"{place!r} out of places={self.places}"
-                )
-        layers = [getattr(a, p[0]) for p in PLACES[:2] if p in self.places for a in attentions]
-        downs = [m.down for m in mlps if "mlp" in self.places]
-        return [exact(n) for n in dict.fromkeys(layers)], [exact(n) for n in downs]
-
-    def _fused(self, model: nn.Module) -> dict[str, tuple[int, int]]:
-        """Fused projections -> how many of their outputs lie before and after those of the wanted places."""
-        around = {}
-        for a in parts.attentions(model):
-            for layer in {a.k, a.v}:
-                wanted = [a.outputs(p[0]) for p in PLACES[:2] if p in self.places and getattr(a, p[0]) == layer]
-                out = hosts.shape(model.get_submodule(layer))[0]
-                if wanted and (wanted[0].start, wanted[-1].stop) != (0, out):
-                    around[layer] = wanted[0].start, out - wanted[-1].stop
-        return around
+                raise ValueError(f"{self.name}: this {type(model).__name__} has no layer for {place!r} that its "
+                                 "structure tells; name layers by target_output and target_input, such as "
+                                 f"{arch.role(model, role)[:4]}, or leave it out of places={self.places}")  # fmt: skip
+        around: dict[str, tuple[int, int]] = {}
+        for a, part in [(a, p[0]) for a in attentions for p in PLACES[:2] if p in self.places]:
+            layer, rows = getattr(a, part), a.outputs(part)
+            out = hosts.shape(model.get_submodule(layer))[0]
+            before, after = around.get(layer, (out, out))
+            around[layer] = min(before, rows.start), min(after, out - rows.stop)
+        return around, [exact(m.down) for m in mlps if "mlp" in self.places]
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         return [{"params": [p for _, _, a in self.adapters(model) for p in a.parameters()], "weight_decay": 0.0}]
 
     def to_hf(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """peft's vectors; for a fused projection with fixed queries a copy, with ones for these."""
-        held = {name: (host, a) for name, host, a in self.adapters(model)}
+        held: dict[str, tuple[Any, Any]] = {name: (host, a) for name, host, a in self.adapters(model)}
         if flat := next((n for n, (host, _) in held.items() if isinstance(host, nn.Conv1d)), None):
             raise ValueError(f"{flat}: huggingface/peft's IA3 has no Conv1d")
         fields = {
@@ -189,29 +176,21 @@ class IA3(Method):
         names = [name for name, held in tensors.items() if "ia3_l" in held]
         if not names:
             raise ValueError(f"no vector of the file belongs to a module of this {type(model).__name__}: other base?")
-        inputs = [n for n in names if _is_feedforward(config.get("feedforward_modules") or (), n)]
+        rule = config.get("feedforward_modules") or ()  # a regex for the whole name, or ends of names, dot or not
+        inputs = [n for n in names if (re.fullmatch(rule, n) if isinstance(rule, str) else n.endswith(tuple(rule)))]
         outputs = [n for n in names if n not in inputs]
-        fused = bool(cls()._fused(model).keys() & set(outputs))
-        return cls(target_output=hf.targets(model, outputs), target_input=hf.targets(model, inputs), whole_fused=fused)
+        return cls(target_output=hf.targets(model, outputs), target_input=hf.targets(model, inputs))
 
 
 def _output(host: Any, around: tuple[int, int]) -> IA3Output:
-    length = hosts.shape(host)[0] - sum(around)
-    return IA3Fused(length, around) if any(around) else IA3Output(length)
+    return IA3Fused(host, around) if any(around) else IA3Output(host, around)
 
 
 def _input(host: Any) -> IA3Input:
-    if hosts.kind(host) == "conv":
-        return IA3ConvInput(host.in_channels, host.groups)
-    return IA3Input(hosts.shape(host)[1])
+    return IA3ConvInput(host) if hosts.kind(host) == "conv" else IA3Input(host)
 
 
 def _as_in_peft(host: Any, adapter: Any) -> Tensor:
     if hosts.kind(host) == "conv":
         return adapter.l.view(1, -1, *[1] * len(host.kernel_size))
     return adapter.l.view(1, -1) if isinstance(adapter, IA3Input) else adapter.scale().view(-1, 1)
-
-
-def _is_feedforward(names: str | Sequence[str], name: str) -> bool:
-    """peft's rule: a regular expression for the whole name, or ends of names, with a dot before them or not."""
-    return bool(re.fullmatch(names, name)) if isinstance(names, str) else name.endswith(tuple(names))

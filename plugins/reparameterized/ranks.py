@@ -39,10 +39,11 @@ def norm(r: int, rslora: bool) -> float:
     return math.sqrt(r) if rslora else r
 
 
-def places(method: Any, model: nn.Module) -> Iterator[tuple[str, Any, int, float]]:
+def places(method: Any, model: nn.Module, *, clamp: bool = True) -> Iterator[tuple[str, Any, int, float]]:
     """(name, host, rank, alpha) of every layer that ``method`` targets.
 
-    A rank from the pattern is taken as it is; the general one is clamped to the layer's smaller side, aloud.
+    A rank from the pattern is taken as it is; the general one is clamped to the layer's smaller side, aloud, unless
+    ``clamp`` says that this side bounds no rank of the method.
 
     Raises:
         ValueError: a pattern that no target matches, or a layer that no low-rank update fits.
@@ -54,7 +55,7 @@ def places(method: Any, model: nn.Module) -> Iterator[tuple[str, Any, int, float
     for name, host in targets:
         given = _first(method.rank_pattern, name)
         r = given or method.r
-        if not given and r > min(hosts.shape(host)) and hosts.kind(host) != "conv":
+        if clamp and not given and r > min(hosts.shape(host)) and hosts.kind(host) != "conv":
             warnings.warn(f"{name}: r={r} clamped to its smaller side {min(hosts.shape(host))}", stacklevel=2)
             r = min(hosts.shape(host))
         if hosts.kind(host) == "embedding" and host.max_norm is not None:

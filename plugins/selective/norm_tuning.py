@@ -7,14 +7,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase  # private, but the one parent of batch and instance norms
 
 from lightning_peft import Method, Traits, find, hf, unfreeze
-from lightning_peft.attach import modules
+from lightning_peft.attach import Adapters, modules
+
+TORCH = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """torch's norms, and by structure those of others (RMSNorm of transformers): nothing but a weight per channel."""
+    """torch's norms that have weights, and by structure those of others (RMSNorm of transformers): by a class's name,
+    where the module holds vectors alone."""
     own = list(module.parameters(recurse=False))
-    vectors = bool(own) and all(p.dim() == 1 for p in own) and not any(True for _ in module.children())
-    return vectors and (isinstance(module, _NormBase) or any("Norm" in c.__name__ for c in type(module).__mro__))
+    if not own or isinstance(module, TORCH):
+        return bool(own)
+    leaf = all(isinstance(c, Adapters) for c in module.children())
+    return leaf and all(p.dim() == 1 for p in own) and any("Norm" in c.__name__ for c in type(module).__mro__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,11 @@ class NormTuning(Method):
     layers: str = ""
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
-        unfreeze(model, [f"{n}.{p}" for n, m in self._norms(model) for p, _ in m.named_parameters()], self.name)
+        names = [f"{n}.{p}" for n, m in self._norms(model) for p, _ in m.named_parameters(recurse=False)]
+        unfreeze(model, names, self.name)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
-        own = {id(p): p for _, m in self._norms(model) for p in m.parameters()}
+        own = {id(p): p for _, m in self._norms(model) for p in m.parameters(recurse=False)}
         return [{"params": list(own.values()), "weight_decay": 0.0}]  # decay pulls a scale to zero, not to one
 
     def _norms(self, model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -50,6 +50,14 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(config).eval()
 
 
+def t5_untied() -> Any:
+    """Its encoder's and decoder's tables are parameters of their own: transformers ties them whatever the config says."""
+    model: Any = t5()
+    for stack in (model.encoder, model.decoder):
+        stack.embed_tokens.weight = nn.Parameter(stack.embed_tokens.weight.detach().clone())
+    return model
+
+
 def bart() -> nn.Module:
     sizes: dict[str, Any] = {"d_model": 32, "vocab_size": V, "max_position_embeddings": 32, "use_cache": False}
     for side in ("encoder", "decoder"):

@@ -1,0 +1,51 @@
+"""Adapters whose change is a product of two thin factors, turned into plain LoRA where nothing else can read them."""
+
+from typing import Any
+
+import torch
+from lightning_peft_plugins.reparameterized.lora import LoRA
+from torch import Tensor, nn
+
+from lightning_peft import Method, hf, hosts, inject, remove
+from lightning_peft.inject import find_record
+
+
+def convert(method: Method, model: nn.Module) -> LoRA:
+    """Put LoRA with the same weight in the place of ``method``, whose adapters have ``factors``: A (r, in), B (out, r).
+
+    What trained in full stays as it is; ``lightning_peft.save`` and ``hf.save`` then write a LoRA. It has no dropout.
+
+    Args:
+        method: that was injected, alone.
+        model: that was injected into, or one that holds it.
+
+    Raises:
+        ValueError: other methods beside it, or none at all.
+    """
+    held = find_record(model)
+    if held is None or list(held[1].methods) != [method]:
+        names = [m.name for m in held[1].methods] if held else "none"
+        raise ValueError(f"{method.name} becomes a plain LoRA where it is alone; the methods of this model: {names}")
+    owner = model.get_submodule(held[0])
+    factors = {name: _factors(a) for name, _, a in method.adapters(owner)}
+    ranks = {name: len(A) for name, (A, _) in factors.items()}
+    r = max(ranks.values())
+    wide = [n for n in ranks if r > min(hosts.shape(owner.get_submodule(n)))]  # LoRA would clamp it
+    lora = LoRA(
+        r=r,
+        alpha=float(r),
+        targets=hf.targets(owner, ranks),
+        rank_pattern=hf.patterns(ranks, r, ours=True, also=wide),
+        alpha_pattern=hf.patterns({n: float(rank) for n, rank in ranks.items()}, float(r), ours=True),
+    )
+    remove(owner)
+    inject(owner, lora, train=held[1].train)
+    with torch.no_grad():
+        for name, _, adapter in lora.adapters(owner):
+            for key, factor in zip("AB", factors[name], strict=True):
+                adapter.get_parameter(key).copy_(factor)
+    return lora
+
+
+def _factors(adapter: Any) -> list[Tensor]:
+    return [f.detach().clone() for f in adapter.factors()]
