@@ -149,6 +149,15 @@ def test_3_the_start_is_the_base_bit_for_bit(kind: str, factors: int, dtype: tor
     assert all(p.grad is None and not p.requires_grad for n, p in model.named_parameters() if "adapters" not in n)
 
 
+def test_adapters_asked_for_in_bfloat16_run() -> None:
+    layer, x = nn.Linear(8, 6).bfloat16(), torch.randn(3, 8, dtype=torch.bfloat16)
+    want = layer(x)
+    model = one(layer, torch.bfloat16, fill=False, factors=2)
+    assert torch.equal(model(x), want)
+    model(x).sin().sum().backward()
+    assert adapter_of(model).X.grad.dtype == torch.bfloat16 and adapter_of(model).X.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("std", [0.2, 4.0])
 def test_4_singular_values_survive_but_for_the_scale(std: float) -> None:
     a, W = adapter_of(one(nn.Linear(64, 48), block_size=8, factors=3, fill=False)), torch.randn(48, 64)

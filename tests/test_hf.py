@@ -509,7 +509,7 @@ def test_copies_of_what_layers_share_are_read_once(tmp_path: Path) -> None:
     save_file(tensors | {below: tensors[shared].clone()}, tmp_path / TENSORS)
     hf.load(copy.deepcopy(base), tmp_path)
     save_file(tensors | {below: tensors[shared] + 1}, tmp_path / TENSORS)
-    with pytest.raises(ValueError, match=r"holds 1 adapter tensors .* that nothing here takes, first .*query.randlora_A"):
+    with pytest.raises(ValueError, match=r"holds 1 adapter tensors .* that nothing here takes, .*query.randlora_A"):
         hf.load(base, tmp_path)
 
 

@@ -126,6 +126,15 @@ def test_4_autocast_leaves_the_chain_orthogonal() -> None:
         assert torch.equal(adapter_of(model).factor(), want)
 
 
+def test_adapters_asked_for_in_bfloat16_run() -> None:
+    layer, x = nn.Linear(8, 6).bfloat16(), torch.randn(3, 8, dtype=torch.bfloat16)
+    want = layer(x)
+    model = one(layer, torch.bfloat16, fill=False)
+    close(model(x), want, 1e-2)
+    model(x).sin().sum().backward()
+    assert adapter_of(model).U.grad.dtype == torch.bfloat16 and adapter_of(model).U.grad.abs().max() > 0
+
+
 def test_the_length_of_a_column_says_nothing() -> None:
     model = one(nn.Linear(6, 10).double(), F64)
     x = torch.randn(3, 6, dtype=F64)

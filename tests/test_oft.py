@@ -122,6 +122,24 @@ def test_4_singular_values_survive_unless_the_inverse_is_a_series(std: float) ->
         assert (torch.linalg.svdvals(a.weight(W)) - torch.linalg.svdvals(W)).abs().max() > 1e-3
 
 
+def test_4_by_how_much_the_series_is_off() -> None:
+    a = adapter_of(one(nn.Linear(8, 8), block_size=8, neumann=5))
+    nn.init.constant_(a.Q, 0.1)
+    with torch.no_grad():
+        R = a.weight(torch.eye(8))
+    close((R @ R.T - torch.eye(8)).abs().max(), torch.tensor(0.0312), 1e-4)
+
+
+@pytest.mark.parametrize("neumann", [0, 5])
+def test_adapters_asked_for_in_bfloat16_run(neumann: int) -> None:
+    layer, x = nn.Linear(8, 6).bfloat16(), torch.randn(3, 8, dtype=torch.bfloat16)
+    want = layer(x)
+    model = one(layer, torch.bfloat16, std=0.0, neumann=neumann)
+    assert torch.equal(model(x), want)
+    model(x).sin().sum().backward()
+    assert adapter_of(model).Q.grad.dtype == torch.bfloat16 and adapter_of(model).Q.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("neumann", [0, 5])
 def test_4_autocast_leaves_the_rotation_alone(neumann: int) -> None:
     a = adapter_of(one(nn.Linear(48, 48), neumann=neumann, block_size=16))

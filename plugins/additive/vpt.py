@@ -62,7 +62,9 @@ def _check_call(x: Tensor, others: tuple[Any, ...]) -> None:
     if x.dim() != 3:
         raise ValueError(f"vpt: blocks take (batch, tokens, hidden), but this one was given {tuple(x.shape)}")
     if any(isinstance(o, Tensor) and o.dim() > 1 and o.shape[-1] == x.shape[1] for o in others):
-        raise ValueError(f"vpt: a mask over the {x.shape[1]} tokens of the image leaves no place for more: leave it out")
+        raise ValueError(
+            f"vpt: a mask over the {x.shape[1]} tokens of the image leaves no place for more: leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,9 @@ def _patches(model: nn.Module, by: str) -> nn.Module:
 def _width(block: Any, by: str) -> int:
     """Of a token, from the block's norm."""
     if any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in block.modules()):
-        raise ValueError(f"{by}: blocks take (batch, tokens, hidden); build nn.MultiheadAttention with batch_first=True")
+        raise ValueError(
+            f"{by}: blocks take (batch, tokens, hidden); build nn.MultiheadAttention with batch_first=True"
+        )
     norm = next((m for m in block.children() if is_norm(m)), None)
     if norm is None:
         raise ValueError(f"{by}: {type(block).__name__} has no norm of its own, by which a token's width is known")

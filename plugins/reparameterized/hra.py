@@ -31,8 +31,9 @@ class HRALinear(WeightAdapter):
     def factor(self) -> Tensor:
         """M (in, r) with H = I - M U^T: the whole chain by one triangular solve (compact WY form)."""
         with torch.autocast(self.U.device.type, enabled=False):  # a rounded U^T U would make H no longer orthogonal
-            S = self.U.T @ self.U
-            return torch.linalg.solve_triangular(S.triu(1) + S.diagonal().diag() / 2, self.U, upper=True, left=False)
+            U = orthogonal.widen(self.U, self.U)
+            S = U.T @ U
+            return torch.linalg.solve_triangular(S.triu(1) + S.diagonal().diag() / 2, U, upper=True, left=False)
 
     def overlap(self) -> Tensor:
         """|U^T U - I|^2 for unit columns: 0 where the reflections are orthogonal to one another."""

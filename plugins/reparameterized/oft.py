@@ -82,7 +82,7 @@ class OFT(Method):
         blocks: number of blocks in every layer in place of their size; the other of the two is 0.
         share: one block for all of a layer's.
         neumann: 0 for exact rotations. 4 or more: terms of a series in place of the inverse, which is peft's default
-            (5) and no rotation: entries of 0.1 in blocks of 8 are off by some 5 %, and Q's sign means the other way.
+            (5) and no rotation: entries of 0.1 in blocks of 8 put R R^T off by 3 %, and Q's sign means the other way.
         eps: bound on the rotation (COFT): after every step each block of Q is drawn back to norm eps / sqrt(blocks).
             None for no bound; peft's default is 6e-5.
         targets: names, patterns or roles of the layers to adapt; embeddings and convolutions by name.

@@ -14,6 +14,7 @@ def cayley(Q: Tensor) -> Tensor:
 
     R = 2 (I + Q)^-1 - I, one inverse in place of a product. I + Q is never singular: Q's eigenvalues are imaginary.
     """
+    Q = widen(Q, Q)
     eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     with torch.autocast(Q.device.type, enabled=False):
         return 2 * (torch.linalg.inv_ex(eye + Q).inverse - eye)  # _ex does not wait for the device to report
@@ -39,9 +40,9 @@ def with_identity(S: Tensor) -> Tensor:
     return S + torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
 
 
-def widen(W: Tensor, like: Tensor) -> Tensor:
-    """W in a dtype that holds both, so that a product with float32 factors is not taken in bfloat16."""
-    return W.to(torch.promote_types(W.dtype, like.dtype))
+def widen(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` in a dtype that holds both, float32 or better: no inverse is taken, and no weight changed, in bfloat16."""
+    return t.to(torch.promote_types(torch.promote_types(t.dtype, like.dtype), torch.float32))
 
 
 def check_blocks(method: Any) -> None:

@@ -10,6 +10,7 @@ from lightning_peft_plugins.additive.pfeiffer_adapter import PfeifferAdapter
 from lightning_peft_plugins.additive.prefix_tuning import PrefixTuning
 from lightning_peft_plugins.additive.prompt_tuning import PromptTuning
 from lightning_peft_plugins.additive.sublayers import KINDS
+from lightning_peft_plugins.additive.vpt import VPT
 
 from lightning_peft.testing import Row
 from tests.zoo.bases import (
@@ -20,6 +21,7 @@ from tests.zoo.bases import (
     images,
     llama,
     nf4_llama,
+    nf4_vit,
     sentences,
     small_images,
     t5,
@@ -94,4 +96,7 @@ ROWS = [
     Row("adalink-t5", lambda: AdaLink(r=4, decoder_input=True), t5_untied, text),
     Row("adalink-vit-linear", lambda: AdaLink(r=4, modalities={"image": "vit.layers.0.mlp.fc2"}), vit, images),
     Row("adalink-given", lambda: AdaLink(r=4, inputs_embeds=True), llama, text, known=GIVEN),
+    Row("vpt", lambda: VPT(num_tokens=3), vit, images),
+    Row("vpt-shallow-head", lambda: VPT(num_tokens=3, deep=False, dropout=0.1), vit, images, train=("classifier",)),
+    Row("vpt-nf4", lambda: VPT(num_tokens=3), nf4_vit, images),
 ]

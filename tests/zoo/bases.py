@@ -51,7 +51,7 @@ def t5() -> nn.Module:
 
 
 def t5_untied() -> Any:
-    """Its encoder's and decoder's tables are parameters of their own: transformers ties them whatever the config says."""
+    """With tables of their own for encoder and decoder: transformers ties them whatever the config says."""
     model: Any = t5()
     for stack in (model.encoder, model.decoder):
         stack.embed_tokens.weight = nn.Parameter(stack.embed_tokens.weight.detach().clone())
@@ -69,6 +69,12 @@ def vit() -> nn.Module:
     sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3}
     config = ViTConfig(image_size=16, patch_size=8, num_channels=1, intermediate_size=48, **sizes)
     return ViTForImageClassification(config).eval()
+
+
+def nf4_vit() -> nn.Module:
+    model = vit()
+    quantize(model, "nf4", blocksize=32, compute_dtype=torch.float32, exclude=("fc2",))  # 48 wide
+    return model
 
 
 def cnn() -> nn.Module:
