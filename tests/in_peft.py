@@ -1,6 +1,7 @@
 """A method beside huggingface/peft's, weights copied by the folder: equal outputs and gradients, both ways."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ def gradients(model: Any, x: Tensor) -> dict[str, Tensor]:
     model.train().zero_grad()
     run(model, x).pow(2).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    if isinstance(model, peft.PeftModel):
+    if isinstance(model, peft.PeftModel):  # it finds the bank of VB-LoRA under the first layer
         names = {n: n.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for n in grads}
+        names = {n: re.sub(r"^.*\.(vblora_vector_bank)", r"base_model.\1", short) for n, short in names.items()}
         return {short.removesuffix(".default"): grads[n] for n, short in names.items()}
     shadow: Any = copy.deepcopy(model)
     for mine, its in zip(model.parameters(), shadow.parameters(), strict=True):

@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from lightning_peft_plugins.additive.houlsby_adapter import HoulsbyAdapter
 from lightning_peft_plugins.additive.parallel_adapter import ParallelAdapter
 from lightning_peft_plugins.additive.pfeiffer_adapter import PfeifferAdapter
 from lightning_peft_plugins.additive.sublayers import KINDS
+from lightning_peft_plugins.reparameterized.lora import LoRA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -583,6 +586,32 @@ def test_a_copy_has_a_slot_of_its_own() -> None:
     assert not slots[0] & slots[1] and len(slots[0]) == len(slots[1]) == 4
     model.model.encoder.layers[0].fc1.adapters["parallel_adapter"] = Tap("input", Slot())  # the copy does not read it
     assert torch.equal(other(**batch).logits, want)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both(lp.Method):
+    """Of methods as fields."""
+
+    traits = lp.Traits(family="hybrid", hosts=("module", "linear"))
+    name: str = "both"
+    adapter: ParallelAdapter = field(default_factory=lambda: ParallelAdapter(bottleneck=3))
+    lora: LoRA = field(default_factory=lambda: LoRA(r=2, targets=("attention",)))
+
+    def inject(self, model: nn.Module, stats: Any = None) -> None:
+        self.lora.inject(model)
+        self.adapter.inject(model)
+
+
+def test_a_method_made_of_others_is_these_side_by_side(tmp_path: Path) -> None:
+    base, batch = bart(), text()
+    both, apart = copy.deepcopy(base), copy.deepcopy(base)
+    filled(both, Both())
+    lp.inject(apart, [LoRA(r=2, targets=("attention",)), ParallelAdapter(bottleneck=3)])
+    apart.load_state_dict(both.state_dict())
+    assert torch.equal(apart(**batch).logits, both(**batch).logits)
+    lp.save(both, tmp_path / "both")
+    other = lp.load(copy.deepcopy(base), tmp_path / "both", methods=[Both()])
+    assert torch.equal(other(**batch).logits, both(**batch).logits)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

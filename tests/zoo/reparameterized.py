@@ -16,6 +16,7 @@ from lightning_peft_plugins.reparameterized.pmss import PMSS
 from lightning_peft_plugins.reparameterized.rand_lora import RandLoRA
 from lightning_peft_plugins.reparameterized.ssvd import SSVD
 from lightning_peft_plugins.reparameterized.tera import TeRA
+from lightning_peft_plugins.reparameterized.vb_lora import VBLoRA
 from lightning_peft_plugins.reparameterized.vera import VeRA
 
 from lightning_peft.testing import Row
@@ -132,4 +133,10 @@ ROWS = [
     Row("rand-lora-gpt2", lambda: RandLoRA(r=6, alpha=6.0, basis="very_sparse"), gpt2, text),
     Row("rand-lora-t5-wide", lambda: RandLoRA(r=40, alpha=40.0, targets=("q", "v", "wo")), t5, text),
     Row("rand-lora-vit", lambda: RandLoRA(r=4, alpha=8.0, seed=2, layers="1:"), vit, images),
+    Row("vb-lora", lambda: VBLoRA(r=2, vectors=12, length=8), llama, text),
+    Row("vb-lora-nf4", lambda: VBLoRA(r=2, vectors=12, length=16), nf4_llama, text),
+    Row("vb-lora-bert-head", lambda: VBLoRA(vectors=12, length=16, topk=3), bert, sentences, train=("classifier",)),
+    Row("vb-lora-gpt2", lambda: VBLoRA(r=2, vectors=9, length=16, topk=9, logits_lr_ratio=1.0), gpt2, text),
+    Row("vb-lora-t5", lambda: VBLoRA(r=4, vectors=12, length=4, targets=("q", "v"), dropout=0.1), t5, text),
+    Row("vb-lora-vit", lambda: VBLoRA(r=2, vectors=12, length=16, bank_bound=0.2, layers="1:"), vit, images),
 ]
