@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_peft import arch, hf, hosts, parts, surgery, testing
+    from lightning_peft import arch, hf, hosts, parts, slices, surgery, testing
     from lightning_peft.adapter import Adapter, Base, WeightAdapter
     from lightning_peft.attach import adapters, attach, detach, disabled
     from lightning_peft.callback import PEFT
@@ -51,7 +51,7 @@ _HOME = {
     "cubic": "schedule",
     "linear": "schedule",
 }
-_MODULES = ("arch", "hf", "hosts", "parts", "surgery", "testing")
+_MODULES = ("arch", "hf", "hosts", "parts", "slices", "surgery", "testing")
 __all__ = ["__version__", *_HOME, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 

@@ -24,6 +24,22 @@ class Base:
             return self.host.unadapted(*args, **kwargs)
         return self._adapter(self._below, *args, **kwargs)
 
+    def with_plain(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """(what a call returns, what the host without any adapter returned within it), to see what adapters change.
+
+        The second has no gradient; where no adapter calls the host it is computed for the purpose.
+        """
+        chain, plain = [], self
+        while plain._adapter is not None and plain._below is not None:
+            chain.append(plain._adapter)
+            plain = plain._below
+        noting = top = _Noting(self.host)
+        for adapter in reversed(chain):
+            top = Base(self.host, top, adapter)
+        y = top(*args, **kwargs)
+        with torch.no_grad():
+            return y, plain(*args, **kwargs) if noting.seen is None else noting.seen
+
     @property
     def weight(self) -> Tensor:
         if self._adapter is None or self._below is None:
@@ -35,16 +51,32 @@ class Base:
     def bias(self) -> Tensor | None:
         """The layer's bias (out,), through the weight adapters below; None where it has none."""
         if self._adapter is None or self._below is None:
-            return getattr(self.host, "bias", None)
+            return hosts.stored(self.host, "bias")
         below = self._below.bias
-        return self._adapter.bias(below) if below is not None and isinstance(self._adapter, WeightAdapter) else below
+        return self._adapter.bias_of(self.host, below) if isinstance(self._adapter, WeightAdapter) else below
 
     @property
     def maps_weight(self) -> bool:
         """True where ``weight`` and ``bias`` say all about this layer: no adapter in it but maps on the weight."""
         if self._adapter is None or self._below is None:
             return True
-        return isinstance(self._adapter, WeightAdapter) and self._below.maps_weight
+        maps = isinstance(self._adapter, WeightAdapter) and not self._adapter.watches  # a watcher has to be called
+        return maps and self._below.maps_weight
+
+
+class _Noting(Base):
+    """Keeps what the host returned last."""
+
+    seen: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().__call__(*args, **kwargs)
+        self.seen = tuple(_plain(t) for t in y) if isinstance(y, tuple) else _plain(y)
+        return y
+
+
+def _plain(t: Any) -> Any:
+    return t.detach() if isinstance(t, Tensor) else t
 
 
 class Adapter(nn.Module, abc.ABC):
@@ -55,6 +87,7 @@ class Adapter(nn.Module, abc.ABC):
     """
 
     axes: ClassVar[dict[str, tuple[str, ...]]] = {}
+    watches: ClassVar[bool] = False  # it returns what the host does, and only keeps what it saw: merging takes it off
 
     @abc.abstractmethod
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +136,8 @@ class WeightAdapter(Adapter):
     one, and the conformance suite proves the two equal.
     """
 
+    adds_bias: bool = False  # it shifts outputs where the host has no bias too; merging gives the host one
+
     @abc.abstractmethod
     def weight(self, W: Tensor) -> Tensor:
         """The adapted (out, in) matrix for the matrix below; differentiable in the adapter's parameters."""
@@ -111,9 +146,20 @@ class WeightAdapter(Adapter):
         """The adapted bias (out,) for the one below, where the host has one; most methods leave it as it is."""
         return b
 
+    def bias_of(self, host: Any, below: Tensor | None) -> Tensor | None:
+        """``bias`` of the one below, of zeros where there is none and this adapter ``adds_bias``."""
+        if below is None and self.adds_bias:
+            below = hosts.no_bias(host)
+        return None if below is None else self.bias(below)
+
     def forward(self, base: Base, x: Tensor) -> Tensor:
         below = base.bias
-        y = hosts.run(base.host, self.weight(base.weight), x, None if below is None else self.bias(below))
+        y = hosts.run(base.host, self.weight(base.weight), x, self.bias_of(base.host, below))
         if base.maps_weight:
             return y
         return base(x) + (y - hosts.run(base.host, base.weight, x, below))  # below lies no weight: add the change
+
+
+def maps_of(held: dict[str, Adapter]) -> list[WeightAdapter]:
+    """Those of a host's adapters that are maps on its weight."""
+    return [a for a in held.values() if isinstance(a, WeightAdapter)]

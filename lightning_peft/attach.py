@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft import hosts
 from lightning_peft.adapter import Adapter, Base, WeightAdapter
@@ -30,33 +30,57 @@ class Adapters(nn.ModuleDict):
         self.register_forward_pre_hook(_no_effect)
 
 
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    adapted = _adapted(cls)
+def _rebuild(cls: type[nn.Module], shown: bool = False) -> nn.Module:
+    adapted = _adapted(cls, shown)
     return adapted.__new__(adapted)
 
 
+def _chain(host: Any) -> Base:
+    """The host with all of its adapters, or with none while they are inactive."""
+    base = Base(host)
+    for adapter in host.adapters.values() if host.adapters.active else ():
+        base = Base(host, base, adapter)
+    return base
+
+
 @functools.cache
-def _adapted(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls`` whose forward goes through ``self.adapters``; one for each host class."""
+def _adapted(cls: type[nn.Module], shown: bool = False) -> type[nn.Module]:
+    """The subclass of ``cls`` whose forward goes through ``self.adapters``; one for each host class.
+
+    With ``shown`` its ``weight`` and ``bias`` are the adapted ones for whoever reads them.
+    """
 
     class Adapted(cls):
         unadapted = cls.forward
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.adapters.active:
-                return self.unadapted(*args, **kwargs)
-            base = Base(self)
-            for adapter in self.adapters.values():
-                base = Base(self, base, adapter)
-            return base(*args, **kwargs)
+            return _chain(self)(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:  # a class made at run time cannot be pickled by its name
-            return _rebuild, (cls,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+            return _rebuild, (cls, shown), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
     Adapted.__name__ = f"Adapted{cls.__name__}"
     Adapted.__qualname__ = cls.__qualname__  # transformers looks up what a model can record by str(type(model))
     Adapted.__module__ = cls.__module__
+    if shown:
+        Adapted.weight = property(_shown_weight)  # type: ignore[assignment]
+        Adapted.bias = property(_shown_bias)  # type: ignore[assignment]
+        Adapted.unadapted = _unadapted  # the class's own forward would read the adapted weight
     return Adapted
+
+
+def _shown_weight(host: Any) -> Tensor:
+    stored = hosts.stored(host)
+    return hosts.to_stored(host, _chain(host).weight).to(stored.dtype) if host.adapters.active else stored
+
+
+def _shown_bias(host: Any) -> Tensor | None:
+    stored, adapted = hosts.stored(host, "bias"), _chain(host).bias
+    return adapted if stored is None or adapted is None else adapted.to(stored.dtype)
+
+
+def _unadapted(host: Any, x: Tensor) -> Tensor:
+    return hosts.run(host, hosts.read(host), x)
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -88,6 +112,8 @@ def attach(host: Any, name: str, adapter: Adapter, dtype: torch.dtype = torch.fl
             f"a {type(adapter).__name__} changes a weight matrix, which {type(host).__name__} has none of; "
             "it fits linear layers, embeddings and convolutions"
         )
+    if isinstance(adapter, WeightAdapter) and adapter.adds_bias and hosts.kind(host) == "embedding":
+        raise ValueError(f"a {type(adapter).__name__} adds a bias, which an embedding cannot have")
     if not is_adapted(host):
         if hasattr(host, "adapters"):
             raise ValueError(f"{type(host).__name__} already has an attribute 'adapters', so none can be attached")
@@ -99,6 +125,21 @@ def attach(host: Any, name: str, adapter: Adapter, dtype: torch.dtype = torch.fl
     adapter.cast(dtype, device)
     adapter.train(host.training)
     host.adapters[name] = adapter
+
+
+def show(host: Any) -> bool:
+    """Let ``host.weight`` and ``host.bias`` be the adapted ones, for code that reads them without calling the host.
+
+    What the host stores is ``hosts.stored(host)`` then; state-dict keys, parameters and ``detach`` are as before.
+
+    Returns:
+        False, and nothing is changed, where the host's class has a forward of its own, beside torch's.
+    """
+    cls = type(host).__mro__[1]
+    if not hosts.runs_plainly(cls):
+        return False
+    host.__class__ = _adapted(cls, True)
+    return True
 
 
 def detach(host: Any, name: str) -> Adapter:

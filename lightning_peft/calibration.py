@@ -15,7 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_peft import resume
+from lightning_peft import ckpt, resume
 from lightning_peft.method import Method
 from lightning_peft.patch import Patches
 
@@ -28,7 +28,7 @@ def run(
     train: Sequence[str],
     batches: int,
 ) -> dict[str, Any]:
-    """What each method's ``calibrate`` returns, by method name; that of rank 0 on every rank.
+    """What each method's ``calibrate`` found, by method name; ``combine`` makes one of what the ranks found.
 
     Batches come from the fit's own training loader; random states, the training loop, buffers, metrics and what the
     module logs are untouched by it.
@@ -37,14 +37,14 @@ def run(
         trainer: before its strategy is set up, its training loaders made.
         pl_module: whose training step gives the loss.
         model: to calibrate on, without adapters; methods get it frozen, as in ``inject``.
-        methods: those that do not override ``calibrate`` are passed over.
+        methods: those that do not calibrate are passed over.
         train: names of the base parameters that train along.
         batches: largest number of training batches to look at.
 
     Raises:
         ValueError: the training step steps optimizers itself, or gives no loss.
     """
-    chosen = [m for m in methods if type(m).calibrate is not Method.calibrate]
+    chosen = [m for m in methods if m.calibrates]
     if not pl_module.automatic_optimization:
         raise ValueError(
             f"{[m.name for m in chosen]} look at data before the fit by running training_step, which under manual "
@@ -56,8 +56,15 @@ def run(
     for method in chosen:
         with frozen(model, train), _untouched(trainer, pl_module), torch.enable_grad():
             found = method.calibrate(model, _batches(trainer, method, batches), lambda b: _loss(trainer, pl_module, b))
-        stats[method.name] = move_data_to_device(trainer.strategy.broadcast(found), trainer.strategy.root_device)
+        found = _on_every_rank(trainer, method, found)
+        stats[method.name] = move_data_to_device(found, trainer.strategy.root_device)
     return stats
+
+
+def _on_every_rank(trainer: Trainer, method: Method, found: Any) -> Any:
+    if trainer.world_size > 1 and type(method).combine is not Method.combine:
+        found = method.combine(ckpt.of_all_ranks(move_data_to_device(found, "cpu")))
+    return trainer.strategy.broadcast(found)  # also what was combined: devices may round unlike each other
 
 
 @contextlib.contextmanager

@@ -19,10 +19,12 @@ from lightning_peft import ckpt, io, loss, optim, report, resume, sharded, strat
 from lightning_peft.attach import modules
 from lightning_peft.history import History
 from lightning_peft.inject import find_record
-from lightning_peft.merge import Call, Merged, captured, merge, prove
+from lightning_peft.merge import Merged, merge
 from lightning_peft.method import Method, Step
 from lightning_peft.patch import Patches
+from lightning_peft.phases import Phases
 from lightning_peft.placement import Placement
+from lightning_peft.proof import Call, captured, prove
 from lightning_peft.sentinel import Sentinel
 
 log = logging.getLogger("lightning_peft")
@@ -89,6 +91,7 @@ class PEFT(Callback):
             self._merged.undo()  # the adapters go on from where they were
             self._merged = None
         self.history = History(self.methods)
+        self.phases = Phases(trainer, self.methods, lambda: self.target(pl_module), self.total_steps)
         strategies.use_atomic_files(trainer)
         ckpt.hook(pl_module)
         self.placement.start()
@@ -100,8 +103,9 @@ class PEFT(Callback):
         sharded.patch(trainer, pl_module, self._patches)
         put(trainer.strategy, "process_dataloader", lambda old: lambda loader: self.tape.wrap(old(loader)))
         if stage == "fit":
+            self.phases.watch(pl_module, self._patches)
             self._add_penalties(pl_module)
-            if self._overriding("calibrate"):
+            if any(m.calibrates for m in self.methods):
                 look = (trainer, pl_module, self.tape, self.calibration_batches)
                 before(trainer.strategy, "setup", lambda _: self.placement.calibrate(*look))
 
@@ -112,16 +116,8 @@ class PEFT(Callback):
     # ---- the fit ---------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        target, names = self.target(pl_module), {p: n for n, p in pl_module.named_parameters()}
-        optim.adopt(trainer.optimizers, target, names)
-        schedulers = [c.scheduler for c in trainer.lr_scheduler_configs]
-        for method in self.methods:
-            optim.regroup(trainer.optimizers, schedulers, method, target)
-        if self._overriding("wrap_optimizer"):
-            wrapped = trainer.optimizers
-            for method in self.methods:
-                wrapped = [method.wrap_optimizer(o, target) for o in wrapped]
-            trainer.strategy.optimizers = wrapped
+        target = self.target(pl_module)
+        optim.take_over(trainer, pl_module, target, self.methods)
         self.sentinel.check_model(trainer, pl_module, target)
         sharded.check_covered(trainer, pl_module)
         self._folder = self._output_folder(trainer)
@@ -178,11 +174,12 @@ class PEFT(Callback):
         before = strategies.layout(target) if changing else []
         for method in changing:
             method.after_step(target, self._step(trainer))
+        if self.phases.due(trainer.global_step):
+            self.phases.restart(pl_module)
         after = strategies.layout(target) if changing else []
         self.history.after_step(trainer, pl_module, target, changed=after != before)
         if after != before:
-            sizes = (sum(n for _, n in shapes) for shapes in (before, after))
-            rank_zero_info("step {}: {:,} -> {:,} trainable parameters".format(trainer.global_step, *sizes))
+            rank_zero_info(f"step {trainer.global_step}: {strategies.difference(before, after)}")
             strategies.rewrap(trainer, pl_module)
 
     def _step(self, trainer: Trainer) -> Step:
@@ -203,7 +200,7 @@ class PEFT(Callback):
         held = find_record(target)
         assert held is not None
         self._resumed = ckpt.check(checkpoint, target, held[1], self.placement.scope)
-        self.run = self._resumed["run"]
+        self.run, self.phases.at = self._resumed["run"], checkpoint.get("global_step", 0)
         states = self._resumed.get("state", ()) if trainer.state.fn == "fit" else ()
         if len(states) == trainer.world_size:
             self.tape.pending = states[trainer.global_rank]

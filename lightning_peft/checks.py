@@ -48,6 +48,8 @@ def fit_structure(model: nn.Module, config: dict[str, Any], source: str) -> None
     """Give ``model`` the structure a file was written with: cut heads and channels, adapters that were removed."""
     if config["cut"]:
         surgery.apply(model, config["cut"])
+    elif surgery.record(model):
+        raise ValueError(f"{source} is of the uncut model, and heads or channels of this one are gone: make it anew")
     for name, kept in config["hosts"].items():
         have = {fqn: host for fqn, host, _ in adapters(model, name)}
         if missing := sorted(set(kept) - have.keys()):

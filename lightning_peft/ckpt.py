@@ -46,7 +46,7 @@ def fill(
     if tape and ("optimizer_states" in checkpoint or not trainer.strategy.lightning_restore_optimizer):
         open_window = trainer.fit_loop.epoch_loop._should_accumulate()  # private: no public way to ask
         grads = resume.open_gradients(pl_module) if open_window else {}  # not yet summed over ranks
-        checkpoint[KEY] |= {"state": _of_all_ranks(tape.state() | {"gradients": grads})}
+        checkpoint[KEY] |= {"state": of_all_ranks(tape.state() | {"gradients": grads})}
 
 
 def keeps(pl_module: LightningModule, scope: str) -> Callable[[str], bool]:
@@ -56,7 +56,8 @@ def keeps(pl_module: LightningModule, scope: str) -> Callable[[str], bool]:
     return lambda k: not k.startswith(prefix) or k.removeprefix(prefix) in keep or k.endswith("_extra_state")
 
 
-def _of_all_ranks(state: Any) -> list[Any]:
+def of_all_ranks(state: Any) -> list[Any]:
+    """What every process has of it, by rank; called on all of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [state]
     states = [None] * torch.distributed.get_world_size()

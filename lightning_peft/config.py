@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft import __version__, registry, surgery
-from lightning_peft.attach import Adapters
+from lightning_peft.attach import Adapters, attached
 from lightning_peft.find import nearest
 from lightning_peft.inject import Record, find_record
 from lightning_peft.method import Method
@@ -71,18 +71,26 @@ def _value(v: Any) -> Any:
 def describe(model: nn.Module, run: str = "") -> dict[str, Any]:
     """The config of what is injected into ``model``, as plain data; the same in a folder and in a checkpoint."""
     record = record_of(model)
-    placed = {m.name: [n for n, _, _ in m.adapters(model)] for m in record.methods}
     return {
         "format": FORMAT,
         "methods": [config_of(m) for m in record.methods],
         "train": list(record.train),
         "base": record.base,
-        "hosts": placed,
+        "hosts": placed(model),
         "cut": surgery.record(model),
         "pretrained": _pretrained(model),
         "run": run,
         "versions": {"lightning-peft": __version__, "torch": str(torch.__version__)},
     }
+
+
+def placed(model: nn.Module) -> dict[str, list[str]]:
+    """Tag -> modules that carry an adapter under it; a method made of others has several tags."""
+    found: dict[str, list[str]] = {m.name: [] for m in record_of(model).methods}
+    for name, module in model.named_modules():
+        for tag in attached(module):
+            found.setdefault(tag, []).append(name)
+    return found
 
 
 def _pretrained(model: nn.Module) -> dict[str, Any] | None:

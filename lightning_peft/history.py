@@ -52,7 +52,7 @@ class History:
             pl_module.log(quantity, sum(now.values()) / max(1, len(now)), batch_size=1)
             counts = [before.get(quantity, {}), now]
             if changed and all(isinstance(v, int) for c in counts for v in c.values()) and counts[0] != counts[1]:
-                rank_zero_info("step {}: {} {} -> {}".format(step, quantity, *(sum(c.values()) for c in counts)))
+                rank_zero_info(f"step {step}: {quantity} {_difference(*counts)}")
 
     def _take(self, step: int, model: nn.Module) -> dict[str, dict[str, float]]:
         found = {f"{m.name}/{q}": values for m in self.methods for q, values in m.report(model).items()}
@@ -97,6 +97,12 @@ class History:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure(quantity, figure, trainer.global_step)
         return written
+
+
+def _difference(before: dict[str, float], now: dict[str, float]) -> str:
+    old, new = sum(before.values()), sum(now.values())
+    moved = sum(max(0, value - before.get(layer, 0)) for layer, value in now.items())
+    return f"{old} -> {new}" if old != new else f"{new} as before, {moved} of them in other layers"
 
 
 def heat_map(title: str, by_step: dict[int, dict[str, float]]) -> Any:

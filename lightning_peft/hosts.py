@@ -37,11 +37,29 @@ def _transposed(host: Any) -> bool:
     return kind(host) in ("conv1d", "embedding")
 
 
+def runs_plainly(cls: type[nn.Module]) -> bool:
+    """True where the forward of a host's class is the one of torch or transformers, so that ``run`` stands for it."""
+    plain = {c.forward for c in (nn.Linear, nn.Embedding, *Conv)}
+    return cls.forward in plain or cls.__module__ == "transformers.pytorch_utils"
+
+
+def stored(host: Any, name: str = "weight") -> Any:
+    """The weight or bias that a host stores, which its attribute may not be (``attach.show``); None without one."""
+    return host._parameters[name] if name in host._parameters else getattr(host, name, None)
+
+
+def no_bias(host: Any) -> Tensor:
+    """The bias (out,) of zeros that a host without one as good as has."""
+    weight = stored(host)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    return torch.zeros(shape(host)[0], dtype=dtype, device=weight.device)
+
+
 def shape(host: Any) -> tuple[int, int]:
     """(out, in) of the weight as a matrix, right for quantised layers too, whose stored shape says nothing."""
     if isinstance(host, nn.Linear):
         return host.out_features, host.in_features
-    out, fan_in = as_matrix(host, host.weight).shape
+    out, fan_in = as_matrix(host, stored(host)).shape
     return out, fan_in
 
 
@@ -50,13 +68,14 @@ def as_matrix(host: Any, weight: Tensor) -> Tensor:
     return weight.T if _transposed(host) else weight.flatten(1) if isinstance(host, Conv) else weight
 
 
-def _stored(host: Any, matrix: Tensor) -> Tensor:
-    return matrix.T if _transposed(host) else matrix.view_as(host.weight) if isinstance(host, Conv) else matrix
+def to_stored(host: Any, matrix: Tensor) -> Tensor:
+    """An (out, in) matrix in the shape of the stored weight; a view."""
+    return matrix.T if _transposed(host) else matrix.view_as(stored(host)) if isinstance(host, Conv) else matrix
 
 
 def read(host: Any) -> Tensor:
     """The weight as an (out, in) matrix, dequantised; a view of the stored one where that is possible."""
-    return as_matrix(host, quant.dequantize(host) if quant.kind(host) else host.weight)
+    return as_matrix(host, quant.dequantize(host) if quant.kind(host) else stored(host))
 
 
 def write(host: Any, matrix: Tensor) -> None:
@@ -65,7 +84,7 @@ def write(host: Any, matrix: Tensor) -> None:
         if quant.kind(host):
             quant.requantize(host, matrix)
         else:
-            host.weight.copy_(_stored(host, matrix))
+            stored(host).copy_(to_stored(host, matrix))
 
 
 def output_scale(host: Any) -> float | Tensor:
@@ -81,15 +100,15 @@ def run(host: Any, matrix: Tensor, x: Tensor, bias: Tensor | None = None) -> Ten
     if isinstance(host, nn.Embedding):
         rows = F.embedding(
             x,
-            _stored(host, matrix.to(host.weight.dtype)),
+            to_stored(host, matrix.to(stored(host).dtype)),
             host.padding_idx,
             scale_grad_by_freq=host.scale_grad_by_freq,
         )  # not host.sparse: a sparse gradient cannot pass the transposition
         return rows * output_scale(host)
-    matrix, bias = matrix.to(x.dtype), host.bias if bias is None else bias
+    matrix, bias = matrix.to(x.dtype), stored(host, "bias") if bias is None else bias
     bias = bias if bias is None else bias.to(x.dtype)
     if isinstance(host, Conv):
-        return host._conv_forward(x, _stored(host, matrix), bias)  # private, but the one that honours padding_mode
+        return host._conv_forward(x, to_stored(host, matrix), bias)  # private, but the one that honours padding_mode
     return F.linear(x, matrix, bias)
 
 
@@ -100,6 +119,6 @@ def fan_in(host: Any) -> int:
 
 def logical_numel(parameter: nn.Parameter, host: Any = None) -> int:
     """Number of weights a parameter stands for: two per stored byte for a 4-bit weight."""
-    if host is not None and quant.kind(host) and parameter is host.weight:
+    if host is not None and quant.kind(host) and parameter is stored(host):
         return math.prod(shape(host))
     return parameter.numel()

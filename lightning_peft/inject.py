@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import quant
+from lightning_peft import quant, reads, surgery
 from lightning_peft.attach import adapters, attached, detach, modules
 from lightning_peft.find import matches, nearest
 from lightning_peft.method import Method
@@ -68,6 +68,7 @@ def inject(
         with _default_dtype(torch.float32):  # Trainer(precision="bf16-true") changes it while a model is being built
             for method in methods:
                 _inject_one(model, method, (stats or {}).get(method.name), dtype)
+        reads.expose(model)
     except Exception:
         _undo(model, before)
         raise
@@ -158,6 +159,8 @@ def pattern_selects(pattern: str, parameter: str) -> bool:
 def remove(model: nn.Module) -> None:
     """Take every adapter off and let the parameters that trained before train again; weights are not written.
 
+    Heads and channels that a method cut out are not put back, which is said in a warning: load the base anew.
+
     Raises:
         ValueError: nothing was injected.
     """
@@ -167,6 +170,8 @@ def remove(model: nn.Module) -> None:
     owner = model.get_submodule(held[0])
     _undo(owner, held[1].trainable_before)
     delattr(owner, RECORD)
+    if surgery.record(owner):
+        warnings.warn("heads or channels were cut out of this model and stay away: load the base anew", stacklevel=2)
 
 
 def _undo(model: nn.Module, trainable: Sequence[str]) -> None:

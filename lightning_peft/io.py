@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_peft import biases, plain, surgery
 from lightning_peft.checks import check_fingerprint, check_keys, check_shapes, fit_structure
 from lightning_peft.config import FORMAT, KEY, describe, method_from, record_of, trained_names
 from lightning_peft.find import exact
@@ -70,7 +71,12 @@ def save_merged(model: nn.Module, folder: Path, proof: dict[str, Any]) -> dict[s
     part.mkdir(parents=True)
     inner: Any = next((m for m in model.modules() if hasattr(m, "save_pretrained")), None)
     if inner is not None and set(inner.parameters()) == set(model.parameters()):  # else a head beside it would be lost
-        inner.save_pretrained(part)
+        if surgery.record(inner):
+            plain.save(inner, part)
+        elif proof.get("biases"):
+            biases.save(inner, part, list(proof["biases"]))
+        else:
+            inner.save_pretrained(part)
     else:
         tensors, _ = _unshared(model.state_dict())
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})

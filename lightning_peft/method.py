@@ -3,7 +3,7 @@
 ::
 
     # setup           freeze(model)                        every weight below the target arrives frozen
-    #                 stats = method.calibrate(...)         fresh fits only, when the method overrides it
+    #                 stats = method.calibrate(...)         fresh fits only, of a method that calibrates
     #                 method.inject(model, stats)           a calibrating one was injected and taken off once before
     #                 load weights of ckpt_path             structure is read from the file's shapes
     #                 optimizers = configure_optimizers()   the user's own
@@ -17,6 +17,7 @@
             method.before_step(model, step)  # gradients summed, unscaled, not yet clipped
             clip(); optimizer.step(); optimizer.zero_grad()
             method.after_step(model, step)   # ranks, masks, pruning: parameters may change shape here
+            if step in method.restarts(...):  # optimizers = configure_optimizers() and what follows it, anew
     # end             method.finish(model)
     #                 save(model, folder)
     #                 merge(model) if asked, proven on a held batch and written beside it
@@ -25,7 +26,7 @@ A method knows PyTorch and this file; it never sees Lightning.
 """
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -120,20 +121,40 @@ class Method(abc.ABC):
         """Look at data before injection, on fresh fits only. ``loss(batch)`` runs the user's training step.
 
         Weights are frozen, as for ``inject``: turn ``requires_grad`` on where gradients are wanted. It is put back, as
-        are gradients, buffers, random states and the place in the data. Under several processes rank 0's return counts.
+        are gradients, buffers, random states and the place in the data. Each of several processes looks at its own
+        share of the data: see ``combine``.
         """
+
+    def combine(self, stats: list[Any]) -> Any:
+        """One of what ``calibrate`` returned in each of several processes, by rank, on the CPU; rank 0's by default."""
+        return stats[0]
+
+    @property
+    def calibrates(self) -> bool:
+        """True where ``calibrate`` is to be called: where it is given. One that some options need says so here."""
+        return type(self).calibrate is not Method.calibrate
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         """Parameters that want their own optimizer options: ``{"params": [...], "lr_scale": 16.0, ...}``.
 
         ``lr_scale`` multiplies the learning rate of the group the parameters came from, at every moment of a schedule;
-        ``lr`` does so by the factor that makes the initial one (of OneCycleLR the highest) what it says. Every other
-        key replaces that group's option of the same name.
+        ``lr`` does so by the factor that makes the initial one (of OneCycleLR the highest) what it says. Schedules do
+        not act on ``constant_lr``, though monitors of learning rates show theirs. Every other key replaces that group's
+        option of the same name.
         """
 
     def wrap_optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
         """Own part of the optimizer: return it changed, or another one around it. Runs before its state is loaded."""
         return optimizer
+
+    def restarts(self, model: nn.Module, step: Step) -> Sequence[int]:
+        """Optimizer steps after which optimizers and schedules begin anew, where a fit is several in a row.
+
+        ``configure_optimizers`` is asked again there. For each part ``trainer.max_steps`` and
+        ``trainer.estimated_stepping_batches`` say the part's length while it is asked. ``step.index`` is where the fit
+        begins, or goes on: earlier restarts are named all the same.
+        """
+        return ()
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A loss term, already weighted; the host adds it to the task's loss and logs it."""

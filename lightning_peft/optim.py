@@ -48,6 +48,19 @@ def adopt(optimizers: Sequence[Optimizer], model: nn.Module, names: dict[nn.Para
     return len(missing)
 
 
+def take_over(trainer: Trainer, pl_module: nn.Module, model: nn.Module, methods: Sequence[Method]) -> None:
+    """Fit optimizers as the user made them to ``methods``, injected into ``model`` below ``pl_module``."""
+    adopt(trainer.optimizers, model, {p: n for n, p in pl_module.named_parameters()})
+    schedulers = [c.scheduler for c in trainer.lr_scheduler_configs]
+    for method in methods:
+        regroup(trainer.optimizers, schedulers, method, model)
+    if wrapping := [m for m in methods if type(m).wrap_optimizer is not Method.wrap_optimizer]:
+        wrapped = trainer.optimizers
+        for method in wrapping:
+            wrapped = [method.wrap_optimizer(o, model) for o in wrapped]
+        trainer.strategy.optimizers = wrapped
+
+
 def regroup(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], method: Method, model: nn.Module) -> None:
     """Move parameters that a method wants handled apart into groups of their own, learning-rate schedules included.
 
@@ -70,10 +83,10 @@ def regroup(optimizers: Iterable[Optimizer], schedulers: Iterable[Any], method: 
 
 def _split(optimizer: Optimizer, index: int, moved: list[Any], options: dict[str, Any], schedulers: list[Any]) -> None:
     old = optimizer.param_groups[index]
-    if unknown := [k for k in options if k not in old and k != "lr_scale"]:
+    if unknown := [k for k in options if k not in old and k not in ("lr_scale", "constant_lr")]:
         raise ValueError(f"{type(optimizer).__name__} has no option {unknown[0]!r} for a parameter group")
-    if {"lr", "lr_scale"} <= options.keys():
-        raise ValueError(f"a group takes 'lr' or 'lr_scale', got both: {options['lr']} and {options['lr_scale']}")
+    if len(rates := {k: options[k] for k in ("lr", "lr_scale", "constant_lr") if k in options}) > 1:
+        raise ValueError(f"a group takes one of 'lr', 'lr_scale' and 'constant_lr', got {rates}")
     base = old.get("max_lr", old.get("initial_lr", old["lr"]))  # a warm-up may have made the present one small, or zero
     scale = options.get("lr_scale", options["lr"] / base if "lr" in options and base else 1.0)
     rest = [p for p in old["params"] if all(p is not m for m in moved)]
@@ -81,6 +94,8 @@ def _split(optimizer: Optimizer, index: int, moved: list[Any], options: dict[str
     new |= {k: new[k] * scale for k in LEARNING_RATES if k in new}
     new |= {k: v for k, v in options.items() if k != "lr_scale" and (k != "lr" or not base)}
     old["params"] = rest
+    if "constant_lr" in options:
+        optimizer.register_step_pre_hook(_hold_constant)  # a scheduler sets rates of all groups between steps
     count = len(optimizer.param_groups)
     optimizer.param_groups.append(new)
     for scheduler in _all(schedulers):
@@ -90,6 +105,12 @@ def _split(optimizer: Optimizer, index: int, moved: list[Any], options: dict[str
             values = getattr(scheduler, name, None)
             if isinstance(values, list) and len(values) == count:
                 values.append(values[index] * scale if name in RATES_PER_GROUP else values[index])
+
+
+def _hold_constant(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        if "constant_lr" in group:  # an option that is part of the optimizer's state, so a resumed one has it as well
+            group["lr"] = group["constant_lr"]
 
 
 def _all(schedulers: Iterable[Any]) -> list[Any]:

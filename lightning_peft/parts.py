@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_peft import arch, hosts
 from lightning_peft.attach import modules
@@ -107,6 +108,53 @@ def mlps(model: nn.Module) -> list[MLP]:
         groups.setdefault(owner, []).append(layer)
     found = (_mlp(named, owner, group) for owner, group in groups.items())
     return [part for part in found if part is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """Where the units of an attention or an MLP lie in one of its layers.
+
+    Args:
+        layer: its name.
+        kind: "v", "o", "up" or "down".
+        axis: 0 where units are rows of the layer's (out, in) matrix, 1 where they are columns.
+        units: how many: key-value heads with the query heads they serve, or channels.
+        width: rows or columns of one unit.
+        start: where the first one begins, in a fused layer.
+        last: the layer that takes the units' values in, "o" or "down".
+    """
+
+    layer: str
+    kind: str
+    axis: int
+    units: int
+    width: int
+    start: int
+    last: str
+
+    def index(self, units: Tensor) -> Tensor:
+        """Rows or columns of these units (n,), in their order: (n * width,)."""
+        return (self.start + units[:, None] * self.width + torch.arange(self.width, device=units.device)).flatten()
+
+    def norms(self, matrix: Tensor) -> Tensor:
+        """(units,) L2 norm of each unit's rows or columns of an (out, in) matrix."""
+        lengths = matrix.norm(dim=1 - self.axis)[self.start : self.start + self.units * self.width]
+        return lengths.view(self.units, self.width).norm(dim=1)
+
+
+def sides(model: nn.Module) -> list[Side]:
+    """Both sides of every attention (``v``, ``o``) and every MLP (``up``, which is no gate, and ``down``)."""
+    found = []
+    for a in attentions(model):
+        sizes = {"units": a.units, "last": a.o}
+        found.append(Side(layer=a.v, kind="v", axis=0, width=a.head_dim, start=a.outputs("v").start, **sizes))
+        found.append(Side(layer=a.o, kind="o", axis=1, width=a.width, start=0, **sizes))
+    for m in mlps(model):
+        sizes = {"units": m.units, "width": 1, "start": 0, "last": m.down}
+        up = [r for r in m.rows if "gate" not in r.rpartition(".")[2]][-1]  # wi_0, wi_1 and w1, w3: the gate is first
+        found.append(Side(layer=up, kind="up", axis=0, **sizes))
+        found.append(Side(layer=m.down, kind="down", axis=1, **sizes))
+    return found
 
 
 def _join(*names: str) -> str:

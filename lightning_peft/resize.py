@@ -32,7 +32,11 @@ def take_parameter(p: Tensor, dim: int, index: Tensor, optimizers: Iterable[Opti
                 state[key] = take(value, dim, index)
     grad = p.grad
     p.grad = None  # a gradient of the old shape cannot stay while the data changes
-    p.data = take(p.data, dim, index)
+    new = take(p.data, dim, index)
+    if new.shape != p.shape:  # another dtype makes autograd forget the old shape, which it would go on to expect
+        other = torch.float64 if p.dtype == torch.float32 else torch.float32  # while a graph is alive, such as that
+        p.data = new.new_empty(0, dtype=other)  # of a model output in a reference cycle
+    p.data = new
     if grad is not None:
         p.grad = take(grad, dim, index)
 

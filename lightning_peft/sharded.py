@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_peft import checks, ckpt, io
-from lightning_peft.config import KEY, trained_names
+from lightning_peft.config import KEY, placed, trained_names
 from lightning_peft.inject import find_record
 from lightning_peft.method import Method
 from lightning_peft.patch import Patches
@@ -50,7 +50,7 @@ def check(trainer: Trainer, pl_module: LightningModule, methods: Sequence[Method
             f"tensor_parallel_size={size} splits the matrices of layers, and adapters do not follow that: use "
             "ModelParallelStrategy(data_parallel_size=<devices>, tensor_parallel_size=1)"
         )
-    looking = [m.name for m in methods if type(m).calibrate is not Method.calibrate]
+    looking = [m.name for m in methods if m.calibrates]
     if looking and trainer.state.fn == "fit":
         raise ValueError(
             f"{looking} calibrate on whole weights, and ModelParallelStrategy shards them before data can be read: use "
@@ -185,8 +185,7 @@ def _check_file(path: Path, trainer: Trainer, pl_module: LightningModule, weight
         _check_optimizers(path, checkpoint)
     if config := checkpoint.get(KEY):
         checks.check_methods(record.methods, config, source)
-        here = {m.name: [n for n, _, _ in m.adapters(model)] for m in record.methods}
-        if config["cut"] or config["hosts"] != here:
+        if config["cut"] or config["hosts"] != placed(model):
             raise ValueError(
                 f"{source} is of a model whose layers or adapters were removed in its fit, which a sharded model "
                 "cannot follow: use one device or strategy='ddp'"

@@ -55,6 +55,13 @@ def layout(model: nn.Module) -> list[tuple[int, int]]:
     return [(id(p), p.numel()) for p in model.parameters() if p.requires_grad]
 
 
+def difference(before: list[tuple[int, int]], after: list[tuple[int, int]]) -> str:
+    """What changed between two layouts, in words: "144 -> 96 trainable parameters, 33 % fewer"."""
+    old, new = (sum(n for _, n in shapes) for shapes in (before, after))
+    share = f", {abs(new - old) / old:.0%} {'fewer' if new < old else 'more'}".replace("%", " %") if old != new else ""
+    return f"{old:,} -> {new:,} trainable parameters{share}"
+
+
 def rewrap(trainer: Trainer, pl_module: LightningModule) -> None:
     """Wrap the module anew after parameters changed shape: DDP's buckets were laid out for the old ones."""
     strategy = trainer.strategy

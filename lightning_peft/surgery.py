@@ -109,7 +109,7 @@ def obstacle(model: nn.Module, part: Attention | MLP) -> str:
     if hasattr(module, "has_relative_attention_bias"):
         return "all blocks of its stack use the position bias of the first one (T5), so heads cannot go one by one"
     owner: dict[int, str] = {}  # id of every parameter that would be sliced -> its layer
-    for name, (axis, index) in _slices(part, torch.arange(part.units)).items():
+    for name, (axis, index) in slices(part, torch.arange(part.units)).items():
         layer: Any = model.get_submodule(name)
         if quant.kind(layer):
             return f"{name!r} is quantised by blocks that do not follow channels; cut first, then quantise"
@@ -156,8 +156,8 @@ def _present(model: nn.Module, kind: str, part: Attention | MLP, keep: Sequence[
     return [kept.index(i) for i in keep]
 
 
-def _slices(part: Attention | MLP, keep: Tensor) -> dict[str, tuple[str, Tensor]]:
-    """Layer -> (axis, indices to keep) of everything that the kept units need."""
+def slices(part: Attention | MLP, keep: Tensor) -> dict[str, tuple[str, Tensor]]:
+    """Layer -> ("out" or "in", rows or columns) of everything that the units ``keep`` (n,) of a part need."""
     if isinstance(part, MLP):
         return {row: ("out", keep) for row in part.rows} | {part.down: ("in", keep)}
     rows: dict[str, list[Tensor]] = {}
@@ -177,14 +177,15 @@ def _cut(model: nn.Module, kind: str, part: Attention | MLP, keep: list[int], op
     module = model.get_submodule(part.name)
     kept = getattr(module, _KEPT[kind], None) or range(part.units)
     setattr(module, _KEPT[kind], [kept[i] for i in keep])
-    for layer, (axis, index) in _slices(part, torch.tensor(keep)).items():
+    for layer, (axis, index) in slices(part, torch.tensor(keep)).items():
         _take(model.get_submodule(layer), axis, index, optimizers)
     _count(module, part, len(keep))
 
 
 def _sliced(layer: Any, axis: str) -> list[nn.Parameter]:
     """The parameters that a cut of one side of a layer slices, its adapters' included."""
-    own = [layer.weight] if axis == "in" or layer.bias is None else [layer.weight, layer.bias]
+    weight, bias = hosts.stored(layer), hosts.stored(layer, "bias")
+    own = [weight] if axis == "in" or bias is None else [weight, bias]
     for adapter in layer.adapters.values() if is_adapted(layer) else ():
         own += [
             t for n, axes in adapter.axes.items() if axis in axes and isinstance(t := getattr(adapter, n), nn.Parameter)
@@ -194,9 +195,9 @@ def _sliced(layer: Any, axis: str) -> list[nn.Parameter]:
 
 def _take(layer: Any, axis: str, index: Tensor, optimizers: list[Optimizer]) -> None:
     transposed = hosts.is_conv1d(layer)  # stores (in, out)
-    take_parameter(layer.weight, int((axis == "in") != transposed), index, optimizers)
-    if axis == "out" and layer.bias is not None:
-        take_parameter(layer.bias, 0, index, optimizers)
+    take_parameter(hosts.stored(layer), int((axis == "in") != transposed), index, optimizers)
+    if axis == "out" and (bias := hosts.stored(layer, "bias")) is not None:
+        take_parameter(bias, 0, index, optimizers)
     linear, conv1d = {"out": ("out_features", "nf"), "in": ("in_features", "nx")}[axis]
     setattr(layer, conv1d if transposed else linear, len(index))
     for adapter in layer.adapters.values() if is_adapted(layer) else ():

@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT
 import lightning_peft as lp
 from lightning_peft.callback import PEFT
 from lightning_peft.io import read_checkpoint, read_folder
-from lightning_peft.merge import captured, prove
+from lightning_peft.proof import captured, prove
 from lightning_peft.quantize import quantize
 from tests import nets
 from tests.selective import count, moved_by_training, trainable

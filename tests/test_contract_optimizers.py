@@ -28,7 +28,8 @@ def test_param_groups_train_with_options_of_their_own(tmp_path: Path) -> None:
 def test_a_group_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     for options, message in [
         ((("momentun", 0.5),), "AdamW has no option 'momentun'"),
-        ((("lr", 0.1), ("lr_scale", 2.0)), "takes 'lr' or 'lr_scale', got both"),
+        ((("lr", 0.1), ("lr_scale", 2.0)), "takes one of 'lr', 'lr_scale' and 'constant_lr', got {'lr': 0.1"),
+        ((("lr", 0.1), ("constant_lr", 2.0)), "takes one of"),
     ]:
         with pytest.raises(ValueError, match=message):
             run(tmp_path, Net(smooth), methods.Grouped(options=options))
@@ -91,6 +92,27 @@ def test_schedules_move_a_group_as_they_move_the_one_it_came_from(kind: str, tmp
         return  # Lightning saves before it steps this one, so its own resume misses a step
     ckpt = tmp_path / "scaled" / "step=2.ckpt"
     assert rates(methods.Grouped(name="scaled", options=(("lr_scale", 4.0),)), ckpt=ckpt) == scaled[2:]
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_constant_lr_holds_under_every_schedule_and_after_a_resume(kind: str, tmp_path: Path) -> None:
+    def rates(ckpt: Path | None = None) -> list[list[float]]:
+        seen: list[list[float]] = []
+
+        def make(net: Net) -> Any:
+            made = scheduled(kind, net.parameters())
+            step = made["optimizer"].register_step_post_hook
+            step(lambda o, *_: seen.append([float(g["lr"]) for g in o.param_groups]))
+            return made
+
+        every = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        method = methods.Grouped(options=(("constant_lr", 0.3),))
+        run(tmp_path, Monitored(smooth, optimizer=make), method, every, max_steps=6, ckpt_path=ckpt)
+        return seen
+
+    whole = rates()
+    assert [new for _, new in whole] == [0.3] * 6 and len({old for old, _ in whole}) > 2
+    assert [new for _, new in rates(tmp_path / "ckpt" / "step=2.ckpt")] == [0.3] * 4
 
 
 GROUPING = {"groups": methods.Grouped, "wrapped": methods.Wrapped}

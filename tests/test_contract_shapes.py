@@ -47,6 +47,19 @@ def test_ranks_shrink_and_grow_with_their_moments_as_in_a_loop_by_hand(tmp_path:
     torch.testing.assert_close(trained(net), trained(hand), rtol=0, atol=1e-7)
 
 
+def test_a_graph_that_is_still_alive_does_not_hold_parameters_to_their_old_shapes() -> None:
+    net = Net(smooth)
+    lp.inject(net, methods.Plain(r=3))
+    alive = net.loss(next(iter(vectors())))
+    alive.backward()
+    for _, _, adapter in lp.adapters(net):
+        lp.resize(adapter, "rank", torch.tensor([2, 0]))
+    net.zero_grad()
+    net.loss(next(iter(vectors()))).backward()
+    assert [p.grad.shape for p in net.parameters() if p.grad is not None] == [p.shape for p in trained(net)]
+    assert alive.grad_fn is not None
+
+
 def pick(t: Tensor, dim: int, index: tuple[int, ...], fresh: Tensor) -> Tensor:
     """``t`` at the places of ``index``, and where that is -1 the next of the ``fresh`` ones."""
     new = iter(fresh.unbind(dim))

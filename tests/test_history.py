@@ -62,9 +62,9 @@ def test_changes_of_whole_numbers_are_said(tmp_path: Path, caplog: pytest.LogCap
     said = [m for m in caplog.messages if m.startswith("step ")]
     assert said == [
         "step 3: product/rank 6 -> 4",
-        "step 3: 105 -> 70 trainable parameters",
+        "step 3: 105 -> 70 trainable parameters, 33 % fewer",
         "step 6: product/rank 4 -> 8",
-        "step 6: 70 -> 140 trainable parameters",
+        "step 6: 70 -> 140 trainable parameters, 100 % more",
     ]
 
 

@@ -1,18 +1,26 @@
 """HUT: the checks of its card by their numbers, dense float64 references."""
 
 import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning_peft_plugins.reparameterized.hut import HUT
+from lightning_peft_plugins.additive.ia3 import IA3
+from lightning_peft_plugins.reparameterized.hut import HUT, HUTLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 import lightning_peft as lp
-from lightning_peft import hosts
+from lightning_peft import biases, hosts, io
+from lightning_peft.proof import captured, prove
+from tests import test_hf
 from tests.nets import llama
 from tests.test_lora import F64, HOSTS, One, adapter_of, close, inputs
+from tests.zoo import bases as zoo
 
 KINDS = ["Linear", "Linear, no bias", "Conv1D"]  # 10 x 6, 6 x 10, 10 x 6
 FORMS: dict[str, dict[str, Any]] = {
@@ -27,10 +35,9 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def one(layer: nn.Module, dtype: torch.dtype = torch.float32, fill: bool = True, **options: Any) -> Any:
-    """``layer`` with HUT, away from its start if ``fill``; no shift where the layer has no bias."""
+    """``layer`` with HUT, away from its start if ``fill``."""
     model = One(layer)
-    has_bias = {} if getattr(layer, "bias", None) is not None else {"shift": False}
-    lp.inject(model, HUT(**{"targets": ("layer",)} | has_bias | options), dtype=dtype)
+    lp.inject(model, HUT(**{"targets": ("layer",)} | options), dtype=dtype)
     if fill:
         for p in adapter_of(model).parameters():
             nn.init.normal_(p, mean=0.5)
@@ -75,9 +82,7 @@ def test_1_and_7_the_start_is_the_base_and_all_learns(form: str, kind: str, dtyp
     torch.testing.assert_close(got, want, atol=1e-6 if dtype == torch.float32 else 0, rtol=0)
     got.float().pow(2).sum().backward()
     held = dict(adapter_of(model).named_parameters())
-    assert held.keys() == (
-        {"A", "B", "gamma", "beta"} if getattr(layer, "bias", None) is not None else {*"AB", "gamma"}
-    )
+    assert held.keys() == {"A", "B", "gamma", "beta"}
     assert all(p.grad.abs().max() > 0 and p.dtype == torch.float32 for p in held.values())
     assert all(p.grad is None for n, p in model.named_parameters() if "adapters" not in n)
 
@@ -94,10 +99,13 @@ def test_4_and_5_forward_weight_and_merge_are_the_dense_map(form: str, kind: str
         assert (want - layer.unadapted(x)).abs().max() > 0.1
         close(fast, want)
         close(lp.WeightAdapter.forward(a, lp.Base(layer), x), want)
-        before = copy.deepcopy(dict(layer.named_parameters()))
+        before, keys = copy.deepcopy(dict(layer.named_parameters())), set(model.state_dict())
         merged = lp.merge(model)
         close(model(x), want)
+        bare = kind == "Linear, no bias"
+        assert merged.biases == (["layer"] if bare else []) and layer.bias is not None
         merged.undo()
+        assert set(model.state_dict()) == keys and (layer.bias is None) is bare and merged.biases == []
         assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters() if "adapters" not in n)
         assert torch.equal(model(x), fast)
 
@@ -210,24 +218,115 @@ def test_above_another_kind_of_adapter_only_the_weights_part_is_scaled() -> None
         close(model(x), by_definition(a, layer, x, form) + 7)
 
 
+def shifted(make: Any) -> tuple[Any, Any, Tensor]:
+    """A model with HUT, its base, and what it computes."""
+    base = make().eval()
+    model = copy.deepcopy(base)
+    lp.inject(model, HUT(r=2))
+    for p in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(p, 1.0, 0.1)
+    return model, base, test_hf.run(model, test_hf.batch(base)).detach()
+
+
+def test_a_merged_llama_says_its_biases_in_the_config(tmp_path: Path) -> None:
+    model, base, want = shifted(llama)
+    with captured(model) as calls:
+        model(test_hf.batch(base))
+    merged, proof = prove(model, calls)
+    assert len(proof.biases) == 14 and proof.biases == tuple(merged.biases)
+    with pytest.warns(UserWarning, match="14 layers, first .*q_proj.* config sets attention_bias, mlp_bias"):
+        io.save_merged(model, tmp_path / "merged", asdict(proof))
+    held = json.loads((tmp_path / "merged" / "merge_proof.json").read_text())
+    assert held["biases"] == list(proof.biases)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    close(test_hf.run(loaded, test_hf.batch(base)), want, atol=1e-5)
+    merged.undo()
+    assert not any(k.endswith("bias") for k in model.state_dict() if "adapters" not in k)
+    close(test_hf.run(model, test_hf.batch(base)), want, atol=1e-6)
+
+
+def test_a_switch_that_builds_more_biases_fills_them_with_zeros(tmp_path: Path) -> None:
+    base = llama().eval()
+    lp.inject(model := copy.deepcopy(base), HUT(r=2, targets=("q_proj",)))
+    for p in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(p, 1.0, 0.1)
+    x = test_hf.batch(base)
+    want = test_hf.run(model, x).detach()
+    with pytest.warns(UserWarning, match="2 layers, first"):
+        io.save_merged(model, tmp_path / "merged", {"biases": lp.merge(model).biases})
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert not loaded.model.layers[0].mlp.up_proj.bias.any()
+    close(test_hf.run(loaded, x), want, atol=1e-5)
+
+
+def test_a_merged_model_whose_config_knows_no_biases_is_a_state_dict(tmp_path: Path) -> None:
+    base, batch = zoo.t5().eval(), zoo.text()
+    model = copy.deepcopy(base)
+    lp.inject(model, HUT(r=2))
+    for p in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(p, 1.0, 0.1)
+    want = model(**batch).logits.detach()
+    merged = lp.merge(model)
+    with pytest.warns(UserWarning, match="no config of T5ForConditionalGeneration can say: .*biases.load"):
+        io.save_merged(model, tmp_path / "merged", {"biases": merged.biases})
+    assert not (tmp_path / "merged" / "config.json").exists()  # from_pretrained would drop the biases
+    loaded = biases.load(copy.deepcopy(base), tmp_path / "merged")
+    close(loaded(**batch).logits, want, atol=1e-5)
+    with pytest.raises(ValueError, match="is it another base"):
+        biases.load(zoo.bert(), tmp_path / "merged")
+
+
+def test_a_layer_that_may_not_use_a_bias_does_not_merge() -> None:
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight)
+
+    model = one(Own(6, 10, bias=False), r=2)
+    with pytest.raises(ValueError, match="'layer' has no bias, and a Own may not use one"):
+        lp.merge(model)
+    assert model.layer.bias is None and adapter_of(model).beta is not None
+
+
+def test_an_added_bias_is_seen_from_above_and_no_embedding_takes_one() -> None:
+    layer = nn.Linear(6, 10, bias=False).double()
+    model = One(layer)
+    lp.inject(model, [HUT(targets=("layer",), r=2), IA3(target_output=("layer",))], dtype=F64)
+    for _, _, a in lp.adapters(model):
+        for p in a.parameters():
+            nn.init.normal_(p)
+    x = inputs(layer)
+    want = model(x).detach()
+    lp.merge(model)
+    close(layer(x), want)
+    with pytest.raises(ValueError, match="a HUTLinear adds a bias, which an embedding cannot have"):
+        lp.attach(nn.Embedding(10, 6), "hut", HUTLinear(layer, 2, "block", True, True))
+
+
 def test_no_weight_decay() -> None:
     model = one(nn.Linear(6, 10), r=2)
     (group,) = HUT().param_groups(model) or []
     assert group["weight_decay"] == 0 and len(group["params"]) == 4
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_quantised_base(form: str) -> None:
+def test_a_quantised_base(form: str, bias: bool) -> None:
     pytest.importorskip("bitsandbytes")
-    model = One(nn.Linear(64, 32))
+    model = One(nn.Linear(64, 32, bias=bias))
     lp.quantize(model, "nf4")
     lp.inject(model, HUT(targets=("layer",), **FORMS[form]))
     a: Any = adapter_of(model)
     for p in a.parameters():
         nn.init.uniform_(p, 0.5, 1.5)
     x, W = torch.randn(3, 64), hosts.read(model.layer).float()
-    want = F.linear(x, a.weight(W), a.bias(model.layer.bias.float()))
-    torch.testing.assert_close(model(x), want, atol=0.05 * float(want.detach().abs().max()), rtol=0)
+    want = F.linear(x, a.weight(W), a.bias(model.layer.bias.float() if bias else torch.zeros(32)))
+    close = {"atol": 0.05 * float(want.detach().abs().max()), "rtol": 0}
+    torch.testing.assert_close(model(x), want, **close)
+    quantised, merged = model.layer, lp.merge(model)
+    torch.testing.assert_close(model(x), want, **close)
+    assert type(model.layer) is nn.Linear and merged.biases == ([] if bias else ["layer"])
+    merged.undo()
+    assert model.layer is quantised and (quantised.bias is None) is not bias
 
 
 def test_options() -> None:
@@ -235,8 +334,6 @@ def test_options() -> None:
         HUT(r=0)
     with pytest.raises(ValueError, match="expansion must be one of block, tile, literal, power, got 'outer'"):
         HUT(expansion="outer")
-    with pytest.raises(ValueError, match="q_proj has no bias, into which HUT's beta could be merged: set shift=False"):
-        lp.inject(llama(), HUT())
     with pytest.raises(ValueError, match=r"layer: r=7 groups, but its weight is \(10, 6\)"):
         one(nn.Linear(6, 10), rank_pattern={"layer": 7})
     with pytest.warns(UserWarning, match="clamped to its smaller side 6"):

@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lightning_peft_plugins.reparameterized.kasa import KaSA
+from lightning_peft_plugins.reparameterized.kasa import KaSA, least
 from lightning_peft_plugins.reparameterized.lora import LoRA
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -303,3 +303,29 @@ def test_options(tmp_path: Path) -> None:
     peft.get_peft_model(llama(), config).save_pretrained(str(tmp_path / "rs"))
     with pytest.raises(ValueError, match="use_rslora or init_lora_weights, which method 'kasa' does not have"):
         hf.load(llama(), tmp_path / "rs")
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50)])
+def test_inverse_iterations_find_the_smallest_parts(shape: tuple[int, int]) -> None:
+    torch.manual_seed(2)
+    W = torch.randn(shape)
+    for got, want in zip(least(W, 4, 60), least(W, 4, 0), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+    W[:, 3] = W[:, 7]  # of lower rank
+    W[5] = W[9]
+    U, S, Vh = least(W, 2, 40)
+    S_all = torch.linalg.svdvals(W)
+    torch.testing.assert_close(S, S_all[-2:], atol=1e-3, rtol=0)
+    want = least(W, 2, 0)
+    torch.testing.assert_close((U * S) @ Vh, (want[0] * want[1]) @ want[2], atol=1e-3, rtol=0)
+
+
+def test_iterations_are_written_as_plain_lora_alone(tmp_path: Path) -> None:
+    model = llama()
+    method = KaSA(r=2, niter=8)
+    lp.inject(model, method)
+    with pytest.raises(ValueError, match="truncates the base by an exact SVD, this one by niter=8"):
+        hf.save(model, tmp_path / "peft")
+    assert method.to_lora(model).r == 4
+    with pytest.raises(ValueError, match="KaSA's niter must be 0"):
+        KaSA(niter=-1)

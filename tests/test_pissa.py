@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lightning_peft_plugins.reparameterized import pissa
+from lightning_peft_plugins.reparameterized import pissa, ranks
 from lightning_peft_plugins.reparameterized.lora import LoRA
 from lightning_peft_plugins.reparameterized.pissa import PiSSA, principal
 from torch import Tensor, nn
@@ -285,3 +285,27 @@ def test_options() -> None:
         one(layer)
     with pytest.raises(ValueError, match="load the weights before injecting"):
         lp.inject(llama().to("meta"), PiSSA())
+
+
+def test_large_thin_parts_are_found_at_random_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    lowrank, exact = torch.svd_lowrank, torch.linalg.svd
+    monkeypatch.setattr(torch, "svd_lowrank", lambda *args: seen.append(args[2]) or lowrank(*args))
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: seen.append("exact") or exact(*a, **k))
+    monkeypatch.setattr(pissa, "LARGE", 32)
+    for side, r, how in ((32, 4, "exact"), (40, 5, 16), (40, 6, "exact")):
+        seen.clear()
+        principal(torch.randn(side, 50), r, None)
+        assert seen[0] == how
+    W = torch.randn(64, 8) @ torch.randn(8, 64) + 0.05 * torch.randn(64, 64)
+    for a, b in zip(principal(W, 8, None), principal(W, 8), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_a_progress_bar_on_long_work_of_the_first_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[bool] = []
+    monkeypatch.setattr(ranks, "track", lambda places, what, disable: shown.append(not disable) or places)
+    for rank, sizes in (("0", [(4096, 4096)]), ("1", [(4096, 4096)]), ("0", [(32, 32)] * 9)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert list(ranks.bar([1, 2], "x", sizes)) == [1, 2]
+    assert shown == [True, False, False]

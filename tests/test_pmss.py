@@ -1,6 +1,7 @@
 """PMSS: the checks of its card (methods/pmss.md) by their numbers, and dense float64 references."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_peft as lp
-from lightning_peft import hosts
+from lightning_peft import hf, hosts
 from tests import test_hf
 from tests.nets import llama
 from tests.test_lora import F64, HOSTS, One, adapter_of, close, inputs
@@ -216,6 +217,29 @@ def test_7_a_load_takes_the_places_from_the_file(tmp_path: Path, monkeypatch: py
     x = test_hf.batch(base)
     assert (test_hf.run(base, x) - test_hf.run(ours, x)).abs().max() > 1e-3
     assert torch.equal(test_hf.run(other, x), test_hf.run(ours, x))
+
+
+@pytest.mark.parametrize("options", [{}, {"c": 3, "alpha": 9.0}, {"c": 7, "rank_pattern": {"*.v_proj": 2}}])
+@pytest.mark.parametrize("make", [llama, test_hf.gpt2, test_hf.still_bert])
+def test_8_export_is_a_plain_lora(make: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    if make is not llama and "rank_pattern" in options:
+        options = options | {"rank_pattern": {}}
+    base = make().eval()
+    ours = copy.deepcopy(base)
+    lp.inject(ours, PMSS(r=5, dropout=0.1, **options))
+    for p in (p for p in ours.parameters() if p.requires_grad):
+        nn.init.normal_(p, std=3.0)
+    x = test_hf.batch(base)
+    want = test_hf.run(ours, x)
+    assert (want - test_hf.run(base, x)).abs().max() > 1e-2
+    hf.save(ours, tmp_path / "peft")
+    fields = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert fields["peft_type"] == "LORA" and fields["r"] == min(5, options.get("c") or 5)
+    theirs = test_hf.in_peft(base, tmp_path / "peft").eval()
+    close(test_hf.run(theirs, x), want, atol=2e-5)
+    again = hf.load(copy.deepcopy(base), tmp_path / "peft")
+    close(test_hf.run(again.eval(), x), want, atol=2e-5)
+    assert next(iter(lp.adapters(again)))[1].adapters.keys() == {"lora"}
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -1,20 +1,23 @@
 """One table over methods: accuracy, trained parameters, step time, memory for backward, bytes of the adapter.
 
     python examples/benchmarks/methods.py --train sst2/train.tsv --val sst2/dev.tsv [--methods lora dora] [--seeds 3]
-        [--peft] [--epochs 2] [--out TABLE.md]
+        [--peft] [--epochs 2] [--out TABLE.md] [--kwargs '{"lora": {"r": 4}}']
 
 Trains MiniLM with each method on labelled sentences (tsv without a header: sentence, label) and measures on --val. With
 --peft also what huggingface/peft makes of the same adapter, read from the folder that `lightning_peft.hf` writes: the
 same start, the same options, the same optimizer. Step times are medians of steps taken in turn by all models, as ratios
-to LoRA's, so that a noisy machine slows all alike.
+to LoRA's, so that a noisy machine slows all alike. Every line is written as soon as it is measured.
 """
 
 import argparse
+import json
 import logging
 import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +88,7 @@ def accuracy(entry: Entry, options: argparse.Namespace, seed: int) -> float:
     """Of one fit on the validation rows, after the last epoch."""
     seed_everything(seed, verbose=False)
     data = TextClassificationData(
-        MINILM, train=options.train, val=options.val, columns=["text", "label"], max_length=64, batch_size=32
+        MINILM, train=options.train, val=options.val, columns=["text", "label"], max_length=64, batch_size=options.batch
     )
     kind = TextClassifier if entry.by == "ours" else type("Peft", (Peft,), {"method": entry.method})
     model = kind(MINILM, learning_rate=entry.learning_rate)
@@ -93,6 +96,7 @@ def accuracy(entry: Entry, options: argparse.Namespace, seed: int) -> float:
     trainer = Trainer(
         max_epochs=options.epochs,
         limit_train_batches=options.limit,
+        precision=options.precision,
         accelerator="cpu",
         enable_checkpointing=False,
         limit_val_batches=0,
@@ -111,7 +115,7 @@ class Stepper:
         seed_everything(0, verbose=False)
         module = TextClassifier(MINILM, num_labels=2)
         module.configure_model()
-        self.batch, self.seconds = batch, [0.0]
+        self.entry, self.batch, self.seconds = entry, batch, [0.0]
         if entry.by == "ours":
             head = [n for n, _ in module.model.named_parameters() if any(pattern_selects(p, n) for p in HEAD)]
             inject(module.model, entry.method, train=head)
@@ -153,46 +157,56 @@ class Stepper:
         return size
 
 
+def stepper(entry: Entry, batch: dict[str, Tensor]) -> Stepper | None:
+    """None, and a line that says why, where huggingface/peft computes something else of a classifier."""
+    try:
+        return Stepper(entry, batch)
+    except ValueError as reason:
+        if entry.by == "ours":
+            raise
+        Console(stderr=True).print(f"no line of huggingface/peft: {reason}")
+        return None
+
+
 def step_ratios(steppers: list[Stepper], reference: Stepper, rounds: int) -> list[float]:
     """Median over rounds of each model's step over the reference's in the same round."""
     for _ in range(rounds + 1):  # the first warms up
-        for stepper in steppers:
-            stepper.step()
+        for each in steppers:
+            each.step()
     return [
         statistics.median(a / b for a, b in zip(s.seconds[2:], reference.seconds[2:], strict=True)) for s in steppers
     ]
 
 
-def entries(names: list[str], with_peft: bool) -> list[Entry]:
+def entries(names: list[str], with_peft: bool, given: dict[str, dict[str, Any]]) -> list[Entry]:
     found = []
     for name in names:
-        method = registry.load(name)(**OPTIONS.get(name, {}))
+        method = registry.load(name)(**OPTIONS.get(name, {}) | given.get(name, {}))
         found.append(Entry(method))
         if with_peft and method.traits.hf and not method.traits.hf.endswith(":"):
             found.append(Entry(method, "peft"))
     return found
 
 
-def lines(options: argparse.Namespace) -> list[str]:
-    chosen = entries(["lora", *(n for n in options.methods if n != "lora")], options.peft)
+def lines(options: argparse.Namespace) -> Iterator[str]:
+    chosen = entries(["lora", *(n for n in options.methods if n != "lora")], options.peft, options.kwargs)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (32, 32), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-    steppers = [Stepper(entry, batch) for entry in chosen]
+    steppers = [s for entry in chosen if (s := stepper(entry, batch)) is not None]
     saved = [s.saved() for s in steppers]
     ratios = step_ratios(steppers, steppers[0], options.rounds)
-    rows = ["| method | by | accuracy | trained | step / LoRA's | saved for backward | adapter |",
-            "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    for entry, stepper, ratio, kept in zip(chosen, steppers, ratios, saved, strict=True):
-        seeds = range(1, 1 + options.seeds)
+    yield "| method | by | accuracy | trained | step / LoRA's | saved for backward | adapter |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for each, ratio, kept in zip(steppers, ratios, saved, strict=True):
+        entry = each.entry
+        seeds = range(1, 1 + (options.seeds if entry.by == "ours" else min(options.seeds, options.peft_seeds)))
         scores = [accuracy(entry, options, seed) for seed in seeds]
         spread = f" +- {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
-        rows.append(
-            f"| {entry.method.name} | {entry.by} | {statistics.mean(scores):.2%}{spread} | {stepper.trained:,} | "
-            f"{ratio:.2f} | {kept / 1e6:.1f} MB | {stepper.bytes / 1e3:,.0f} kB |"
+        yield (
+            f"| {entry.method.name} | {entry.by} | {statistics.mean(scores):.2%}{spread} | {each.trained:,} | "
+            f"{ratio:.2f} | {kept / 1e6:.1f} MB | {each.bytes / 1e3:,.0f} kB |"
         )
-        Console().print(rows[-1], highlight=False, soft_wrap=True)
-    return rows
 
 
 def main() -> None:
@@ -201,10 +215,14 @@ def main() -> None:
     parser.add_argument("--val", required=True)
     parser.add_argument("--methods", nargs="+", default=[n for n in registry.names()])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--peft-seeds", type=int, default=3, help="at most so many of them for huggingface/peft's")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--limit", type=float, default=1.0, help="share of the training rows")
+    parser.add_argument("--precision", default="32-true", help="of the fits; steps are timed in 32 bits")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each model for the times")
     parser.add_argument("--peft", action="store_true", help="also huggingface/peft's version where it has the method")
+    parser.add_argument("--kwargs", type=json.loads, default={}, help="options of methods by name, as JSON")
     parser.add_argument("--out", type=Path, help="write the table here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -212,9 +230,11 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    table = "\n".join(lines(options)) + "\n"
-    if options.out:
-        options.out.write_text(table)
+    with options.out.open("w") if options.out else nullcontext() as out:
+        for line in lines(options):
+            Console().print(line, highlight=False, soft_wrap=True)
+            if out:
+                print(line, file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from torch import nn
 from lightning_peft import io
 from lightning_peft.cli import runs
 from lightning_peft.inject import RECORD, find_record
-from lightning_peft.merge import Call, captured
 from lightning_peft.models.source import resolve
+from lightning_peft.proof import Call, captured
 from lightning_peft.quantize import quantize
 
 

@@ -15,8 +15,8 @@ from lightning_peft import hf, io
 from lightning_peft.cli import errors, names, output, runs
 from lightning_peft.cli.bases import Adapted, example_calls, move_record, rebuild
 from lightning_peft.inject import find_record
-from lightning_peft.merge import prove
 from lightning_peft.models.source import load_tokenizer, resolve
+from lightning_peft.proof import prove
 
 PROOF = "merge_proof.json"
 

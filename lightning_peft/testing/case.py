@@ -87,7 +87,7 @@ class Case:
         """A copy of the base with the methods; ``others`` injected after them, or before with ``first``."""
         model, mine = self.base(), self.methods()
         torch.manual_seed(0)
-        looking = [m for m in mine if type(m).calibrate is not Method.calibrate]
+        looking = [m for m in mine if m.calibrates]
         names = self.train if train is None else list(train)
         with calibration.frozen(model, names):
             stats = {m.name: m.calibrate(model, [self.batch] * 2, lambda b: self.loss(model, b)) for m in looking}
@@ -153,13 +153,8 @@ class Case:
         held = find_record(model)
         assert held is not None
         methods, masked = held[1].methods, {}
-        optimizers: list[Optimizer] = [
-            AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, weight_decay=0.1)
-        ]
-        for method in methods:
-            optim.regroup(optimizers, [], method, model)
-        for method in methods:
-            optimizers = [method.wrap_optimizer(o, model) for o in optimizers]
+        anew = {end for m in methods for end in m.restarts(model, Step(index=0, planned=steps))}
+        optimizers = self._optimizers(model, methods)
         for index in range(steps):
             self.objective(model).backward()
             raw = {n: p.grad.clone() for n, p in base_parameters(model) if p.grad is not None}
@@ -174,9 +169,20 @@ class Case:
                 o.zero_grad()
             for method in methods:
                 method.after_step(model, Step(index=index + 1, optimizers=optimizers, planned=steps))
+            if index + 1 in anew:
+                optimizers = self._optimizers(model, methods)
         for method in methods:
             method.finish(model)
         return masked
+
+    def _optimizers(self, model: nn.Module, methods: Sequence[Method]) -> list[Optimizer]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        made: list[Optimizer] = [AdamW(trained, 1e-2, weight_decay=0.1)]
+        for method in methods:
+            optim.regroup(made, [], method, model)
+        for method in methods:
+            made = [method.wrap_optimizer(o, model) for o in made]
+        return made
 
     def load_methods(self) -> list[Method] | None:
         """What ``lightning_peft.load`` must be given: nothing where the folder's entry points tell."""

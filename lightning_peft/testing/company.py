@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lightning_peft import hosts
 from lightning_peft.adapter import Adapter, Base, WeightAdapter
 from lightning_peft.attach import adapters, attach
+from lightning_peft.checks import fit_structure
+from lightning_peft.config import describe
 from lightning_peft.merge import merge
 from lightning_peft.method import Method, Traits
 from lightning_peft.testing.case import Case
@@ -116,6 +118,8 @@ class _Shift(Adapter):
 class _Through(Adapter):
     """Passes on what a layer returns, whatever it is."""
 
+    watches = True
+
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         return base(*args, **kwargs)
 
@@ -147,6 +151,7 @@ def check_stacking(case: Case) -> None:
         where = f"a method {'below' if below else 'above'} it that {'scales the weight' if maps else 'shifts outputs'}"
         idle, model = (case.injected(_Second(on=on, amount=x, maps=maps), first=below) for x in (0.0, 0.5))
         for m in (idle, model):
+            fit_structure(m, describe(alone), "the trained model")
             m.eval().load_state_dict(state, strict=False)
         require_close(f"outputs with {where} by nothing", expected, case.outputs(idle), case.tolerance)
         before = case.outputs(model)

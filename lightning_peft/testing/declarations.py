@@ -107,7 +107,7 @@ def check_cli(case: Case) -> None:
         read: Any = parser.instantiate_classes(config)
         read = read.peft.methods
         require(read == methods, f"methods from {source}", read, methods)
-        text = parser.dump(config)
+        text = parser.dump(config, skip_none=False)  # as Lightning saves it: null is not the default
 
 
 def _name(method: Method) -> str:

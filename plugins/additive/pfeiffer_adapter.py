@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from lightning_peft_plugins.additive import bottleneck, bottleneck_places, sublayers
+from lightning_peft_plugins.additive import bottleneck_places, sublayers
+from lightning_peft_plugins.additive.bottleneck import Behind, BehindNorm, Bottleneck
 from torch import nn
 
 from lightning_peft import Method, Traits, attach
@@ -50,6 +51,11 @@ class PfeifferAdapter(Method):
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         make = bottleneck_places.maker(self)
+        for name, width, behind in self.places(model):
+            attach(model.get_submodule(name), self.name, make(behind, width))
+
+    def places(self, model: nn.Module) -> list[tuple[str, int, type[Bottleneck]]]:
+        """(module, width of the stream, class of the adapter that fits the module)."""
         if self.targets:
             found = bottleneck_places.targeted(model, self.targets, self.exclude, self.layers)
         else:
@@ -57,7 +63,5 @@ class PfeifferAdapter(Method):
             what = "the norms that close its blocks, or the modules that return the sum,"
             told = [bottleneck_places.told(part, part.final, self.name, what) for part in parts]
             found = [(part.after or part.adds, part.width) for part in told]
-        for name, width in found:
-            host = model.get_submodule(name)
-            cls = bottleneck.BehindNorm if sublayers.is_norm(host) else bottleneck.Behind
-            attach(host, self.name, make(cls, width))
+        norms = {name for name, _ in found if sublayers.is_norm(model.get_submodule(name))}
+        return [(n, width, BehindNorm if n in norms else Behind) for n, width in found]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_peft_plugins.additive import soft, soft_network
+from lightning_peft_plugins.additive import prefix_layers, soft, soft_network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,9 +26,13 @@ class Prefix(soft.SoftPrompt):
 
     axes = {"prefix": ("length", "states")}
 
-    def __init__(self, host: Any, num_tokens: int, shapes: Shapes, init: str, dropout: float) -> None:
+    def __init__(
+        self, host: Any, num_tokens: int, shapes: Shapes, init: str, dropout: float, layers: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(host, num_tokens)
-        self.shapes, self.init, self.dropout = shapes, init, dropout
+        self.every, self.init, self.dropout = shapes, init, dropout
+        self.shapes = {i: of for i, of in shapes.items() if i in layers} if layers else shapes
+        shapes = self.shapes
         self.sizes = [heads * each for layer in shapes.values() for heads, each in layer]
         self.both_ways = not any(getattr(m, "is_causal", False) for m in host.modules())
         self.prefix = nn.Parameter(torch.empty(num_tokens, sum(self.sizes)))
@@ -73,7 +77,11 @@ class Prefix(soft.SoftPrompt):
     def fill(self, cache: Any, batch: int, host: Any) -> None:
         n, dtype = self.num_tokens, host.get_input_embeddings().weight.dtype
         parts = iter(self.vectors().to(dtype).split(self.sizes, 1))
-        for layer, of in self.shapes.items():
+        for layer, of in self.every.items():
+            if layer not in self.shapes:  # as long as the others, and hidden
+                k, v = (self.prefix.new_zeros((batch, h, n, d), dtype=dtype) for h, d in of)
+                cache.update(k, v, layer)
+                continue
             # (tokens, heads * width) -> (batch, heads, tokens, width)
             k, v = (next(parts).view(n, h, d).transpose(0, 1).expand(batch, h, n, d) for h, d in of)
             cache.update(self.dropped(k), self.dropped(v), layer)
@@ -88,8 +96,8 @@ class NetworkPrefix(Prefix):
     axes = Prefix.axes | {"e": ("length", "hidden"), "W1": ("mid", "hidden"), "b1": ("mid",),
                           "W2": ("states", "mid"), "b2": ("states",)}  # fmt: skip
 
-    def __init__(self, host: Any, num_tokens: int, shapes: Shapes, init: str, dropout: float, mid: int) -> None:
-        super().__init__(host, num_tokens, shapes, init, dropout)
+    def __init__(self, mid: int, host: Any, num_tokens: int, *options: Any) -> None:
+        super().__init__(host, num_tokens, *options)
         width, states = soft.width(host), self.prefix.shape[1]
         self.prefix.requires_grad_(False)  # until the end
         self.e = nn.Parameter(torch.empty(num_tokens, width))
@@ -138,6 +146,7 @@ class PrefixTuning(Method):
         init_ids: token ids of a text whose keys and values to start from, cut or repeated to ``num_tokens``; a decoder
             then starts as if it had read that text. Needs ``reparam=False``.
         dropout: probability on the keys and values.
+        layers: blocks whose attention gets them, as slices and numbers: "0:6", "-4:", "0,2,11"; all when empty.
     """
 
     traits = Traits(
@@ -155,6 +164,7 @@ class PrefixTuning(Method):
     init: str = "normal"
     init_ids: tuple[int, ...] = ()
     dropout: float = 0.0
+    layers: str = ""
 
     def __post_init__(self) -> None:
         soft.check(self.num_tokens, self.init_ids, self.name)
@@ -181,13 +191,19 @@ class PrefixTuning(Method):
         ids = soft.cycled(self.init_ids, self.num_tokens) if self.init_ids else [0]
         states = soft.states_of(host, ids, encoder is not host, self.name)
         shapes: Any = {i: tuple((t.shape[1], t.shape[3]) for t in kv) for i, kv in states.items()}
-        options = (host, self.num_tokens, shapes, self.init, self.dropout)
-        prefix = NetworkPrefix(*options, self.reparam_dim) if self.reparam else Prefix(*options)
+        chosen = prefix_layers.attentions(host, self.name, self.layers) if self.layers else {}
+        options = (host, self.num_tokens, shapes, self.init, self.dropout, tuple(chosen))
+        prefix = NetworkPrefix(self.reparam_dim, *options) if self.reparam else Prefix(*options)
         if self.init_ids:
-            rows = [t[0].transpose(0, 1).flatten(1) for kv in states.values() for t in kv]  # (tokens, heads * width)
+            rows = [
+                t[0].transpose(0, 1).flatten(1) for i in prefix.shapes for t in states[i]
+            ]  # (tokens, heads * width)
             with torch.no_grad():
                 prefix.prefix.copy_(torch.cat(rows, 1))
         attach(host, self.name, prefix)
+        for layer, module in prefix_layers.attentions(host, self.name).items() if chosen else ():
+            if layer not in chosen:
+                attach(module, self.name, prefix_layers.Hidden(module, self.num_tokens))
 
     def finish(self, model: nn.Module) -> None:
         for _, _, adapter in self.adapters(model):
@@ -201,7 +217,7 @@ class PrefixTuning(Method):
         if soft.task_type(model, []) != "CAUSAL_LM":
             raise ValueError(f"{self.name}: of an encoder-decoder model huggingface/peft gives a layer other rows than "
                              "its own; lightning_peft.save keeps it")  # fmt: skip
-        if len(shapes) > 1 or list(prefix.shapes) != list(range(len(prefix.shapes))):
+        if self.layers or len(shapes) > 1 or list(prefix.shapes) != list(range(len(prefix.shapes))):
             raise ValueError(f"{self.name}: keys and values of several sizes ({sorted(shapes)}), or layers without, "
                              "are not in huggingface/peft's format; lightning_peft.save keeps them")  # fmt: skip
         heads, each = shapes.pop()

@@ -184,9 +184,12 @@ def states_of(host: Any, ids: list[int], cross: bool, by: str) -> dict[int, tupl
     call = {"cache" if "cache" in names else "past_key_values": cache}
     if cross:
         call["encoder_hidden_states"] = table.new_zeros(1, 1, table.shape[1])
-    modes = {m: m.training for m in host.modules()}
+    modes, kind = {m: m.training for m in host.modules()}, host.config._attn_implementation
     host.eval()
+    if table.is_meta:  # the other kinds ask a mask for its values
+        host.config._attn_implementation = "eager"
     host(input_ids=torch.tensor([ids], device=table.device), **call)
+    host.config._attn_implementation = kind
     for module, mode in modes.items():
         module.training = mode
     layers = getattr(cache, "self_attention_cache", cache).layers

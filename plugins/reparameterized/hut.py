@@ -30,7 +30,7 @@ class HUTLinear(WeightAdapter):
         self.A, self.B = nn.Parameter(torch.empty(fan_in, columns)), nn.Parameter(torch.empty(columns, out))
         self.gamma = nn.Parameter(torch.empty(out)) if scale else None
         self.beta = nn.Parameter(torch.empty(out)) if shift else None
-        self.r, self.expansion = r, expansion
+        self.r, self.expansion, self.adds_bias = r, expansion, shift
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -102,7 +102,7 @@ class HUT(Method):
         expansion: "block", groups of neighbours; "tile", every r-th; for comparison the printed formula at its word,
             "literal", sums over r, and "power", r-th powers of one column: both can do no more than r = 1.
         scale: train gamma.
-        shift: train beta. Merging folds it into the layer's bias, so a layer without one is refused.
+        shift: train beta. Merging folds it into the layer's bias, and gives a bias to a layer that has none.
         targets: names, patterns or roles of the layers to adapt.
         exclude: patterns of layers to leave out.
         layers: blocks to adapt, as slices and numbers: "0:6", "-4:", "0,2,11"; all when empty.
@@ -135,10 +135,6 @@ class HUT(Method):
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         for name, host, r, _ in ranks.places(self, model):
-            if self.shift and host.bias is None:
-                raise ValueError(
-                    f"{name} has no bias, into which HUT's beta could be merged: set shift=False, or exclude it"
-                )
             if r > min(hosts.shape(host)) and self.expansion in ("block", "tile"):
                 raise ValueError(f"{name}: r={r} groups, but its weight is {hosts.shape(host)}")
             attach(host, self.name, HUTLinear(host, r, self.expansion, self.scale, self.shift))

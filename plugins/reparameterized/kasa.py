@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from lightning_peft_plugins.reparameterized import plain_lora, ranks
 from lightning_peft_plugins.reparameterized.lora import LoRA
-from lightning_peft_plugins.reparameterized.pissa import MANY, principal
-from rich.progress import track
+from lightning_peft_plugins.reparameterized.pissa import principal, signed, to_compute
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Base, Method, Traits, WeightAdapter, attach, hf, hosts, quant
 
+OVERSAMPLING = 16  # directions beyond 2 r that inverse iterations look at
 EPS = 1e-12  # below the root of a norm, whose gradient at an exactly orthonormal factor would be NaN
 
 
@@ -72,6 +72,30 @@ def _skew(M: Tensor, large: bool) -> Tensor:
     return (square + (M.shape[1] - len(M) if large else 0) + EPS).sqrt()
 
 
+def least(W: Tensor, r: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``r`` smallest singular triplets in float32, as in ``principal``; of niter > 0 by inverse iterations.
+
+    These find what is near the smallest where many are almost as small. All of r must be below the smaller side.
+    """
+    if not niter:
+        U, S, Vh = principal(W, min(W.shape))
+        return U[:, -r:], S[-r:], Vh[-r:].clone()  # no view, which would keep all of Vh
+    W = to_compute(W)
+    tall = W if W.shape[0] >= W.shape[1] else W.mT
+    R = torch.linalg.qr(tall, mode="r")[1].double()  # R^T R = tall^T tall; solving doubles the digits it takes
+    diagonal = R.diagonal()
+    floor = torch.finfo(W.dtype).eps * diagonal.abs().max()
+    diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
+    X = torch.randn(len(R), min(2 * r + OVERSAMPLING, len(R)), generator=torch.Generator().manual_seed(0)).to(R)
+    for _ in range(niter):
+        Y = torch.linalg.qr(torch.linalg.solve_triangular(R.mT, X, upper=False))[0]
+        X = torch.linalg.qr(torch.linalg.solve_triangular(R, Y, upper=True))[0]
+    X = X.to(W)
+    U, S, Vh = torch.linalg.svd(tall @ X, full_matrices=False)
+    U, S, Vh = U[:, -r:], S[-r:], (Vh @ X.mT)[-r:]
+    return signed(U, S, Vh) if tall is W else signed(Vh.mT, S, U.mT)
+
+
 @dataclass(frozen=True, kw_only=True)
 class KaSA(Method):
     """W - P Q + scale * (B * s) A: P Q are the r smallest singular parts of W, s (r,) trained like singular values.
@@ -89,6 +113,8 @@ class KaSA(Method):
             place of the paper's; its published gammas belong to gram "large".
         gram: "small", the (r, r) products; "large", those of the authors' code, by a closed form.
         reduction: of both over the layers: "mean", as in the authors' code, or "sum", as in peft.
+        niter: inverse iterations in place of the whole SVD, many times faster on large layers (16 is ample); what is
+            taken out is then near the smallest. 0 is exact.
         targets: names, patterns or roles of the layers to adapt.
         exclude: patterns of layers to leave out.
         layers: blocks to adapt, as slices and numbers: "0:6", "-4:", "0,2,11"; all when empty.
@@ -115,6 +141,7 @@ class KaSA(Method):
     gamma: float = 1e-3
     gram: str = "small"
     reduction: str = "mean"
+    niter: int = 0
     targets: tuple[str, ...] = ("all-linear",)
     exclude: tuple[str, ...] = ()
     layers: str = ""
@@ -127,6 +154,8 @@ class KaSA(Method):
         for option, known in (("gram", ("small", "large")), ("reduction", ("mean", "sum"))):
             if getattr(self, option) not in known:
                 raise ValueError(f"KaSA's {option} must be one of {known}, got {getattr(self, option)!r}")
+        if self.niter < 0:
+            raise ValueError(f"KaSA's niter must be 0 (exact SVD) or more, got {self.niter}")
         if self.beta < 0 or self.gamma < 0:
             raise ValueError(f"KaSA's beta and gamma must not be negative, got {self.beta} and {self.gamma}")
 
@@ -137,10 +166,9 @@ class KaSA(Method):
                 raise ValueError(
                     f"{name}: r={r} leaves nothing of its {hosts.shape(host)} weight; set rank_pattern or exclude it"
                 )
-        for _, host, r, alpha in track(places, "KaSA: singular vectors", disable=len(places) < MANY):
-            U, S, Vh = principal(hosts.read(host), min(hosts.shape(host)))
-            P, Q = U[:, -r:] * S[-r:], Vh[-r:].clone()  # no view, which would keep all of Vh
-            attach(host, self.name, KaSALinear(P, Q, alpha / r, self.dropout))
+        for _, host, r, alpha in ranks.bar(places, "KaSA: singular vectors", [hosts.shape(p[1]) for p in places]):
+            U, S, Vh = least(hosts.read(host), r, self.niter)
+            attach(host, self.name, KaSALinear(U * S, Vh, alpha / r, self.dropout))
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         return [{"params": [a.get_parameter("s") for _, _, a in self.adapters(model)], "weight_decay": 0.0}]
@@ -159,6 +187,11 @@ class KaSA(Method):
         return plain_lora.convert(self, model)
 
     def to_hf(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self.niter:
+            raise ValueError(
+                f"huggingface/peft truncates the base by an exact SVD, this one by niter={self.niter} iterations: "
+                "to_lora makes a LoRA of it, which peft reads"
+            )
         held: dict[str, tuple[Any, Any]] = {name: (host, a) for name, host, a in self.adapters(model)}
         for name, (host, _) in held.items():
             if hosts.is_conv1d(host) or quant.kind(host):

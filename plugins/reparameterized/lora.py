@@ -4,6 +4,7 @@ With rsLoRA's scale (Kalajdzievski 2023, arXiv:2312.03732) and LoRA+'s learning 
 arXiv:2402.12354).
 """
 
+import abc
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,11 @@ from lightning_peft_plugins.reparameterized import ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft import Base, Method, Traits, WeightAdapter, attach, hosts
+from lightning_peft import Adapter, Base, Method, Traits, WeightAdapter, attach, hosts
 
 
-class LoRALinear(WeightAdapter):
-    """``y = base(x) + scale * x A^T B^T``, on Linear and transformers' Conv1D."""
+class LowRank(Adapter, abc.ABC):
+    """Factors of an update ``scale * B A``, and what it gives for an input; a subclass says where that is added."""
 
     axes = {"A": ("rank", "in"), "B": ("out", "rank")}
 
@@ -36,13 +37,6 @@ class LoRALinear(WeightAdapter):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(-1/sqrt(in), 1/sqrt(in))
 
-    def weight(self, W: Tensor) -> Tensor:
-        return W + self.scale * self.B @ self.A
-
-    def forward(self, base: Base, x: Tensor) -> Tensor:  # the same map, never forming the (out, in) product
-        y = base(x)
-        return y + self.update(base.host, self.dropped(x)).to(y.dtype)
-
     def dropped(self, x: Tensor) -> Tensor:
         """What the update sees of the input; the base path sees all of it."""
         return F.dropout(x, self.dropout, self.training)
@@ -56,6 +50,17 @@ class LoRALinear(WeightAdapter):
         A, B = self.factors()
         h = F.linear(x, A.to(x.dtype))  # (..., r)
         return F.linear(h * self.scale, B.to(x.dtype))
+
+
+class LoRALinear(LowRank, WeightAdapter):
+    """``y = base(x) + scale * x A^T B^T``, on Linear and transformers' Conv1D."""
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.scale * self.B @ self.A
+
+    def forward(self, base: Base, x: Tensor) -> Tensor:  # the same map, never forming the (out, in) product
+        y = base(x)
+        return y + self.update(base.host, self.dropped(x)).to(y.dtype)
 
     def to_hf(self, name: str, host: Any) -> dict[str, Tensor]:
         """The factors under peft's names and in its shapes, as views; ``name`` of the host is for the message."""
@@ -86,7 +91,7 @@ class LoRAConv(LoRALinear):
     """A is a convolution like the host's into r channels, B a 1x1 convolution out of them."""
 
     def update(self, host: Any, x: Tensor) -> Tensor:
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        A, B = (f.to(x.dtype) for f in self.factors())
         kernel = A.view(-1, *host.weight.shape[1:])  # (r, in / groups, *kernel)
         h = host._conv_forward(x, kernel, None)  # honours padding_mode
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(host.kernel_size) - 1]
@@ -184,7 +189,7 @@ class LoRA(Method):
             return None
         held = [a for _, _, a in self.adapters(model)]
         embeddings = [p for a in held if isinstance(a, LoRAEmbedding) for p in a.parameters()]
-        factors = [a.B for a in held if isinstance(a, LoRALinear) and not isinstance(a, LoRAEmbedding)]
+        factors = [a.B for a in held if isinstance(a, LowRank) and not isinstance(a, LoRAEmbedding)]
         groups = [{"params": factors, "lr_scale": self.lora_plus_ratio}] if factors else []
         return groups + ([{"params": embeddings, "lr": self.lora_plus_embedding_lr}] if embeddings else [])
 

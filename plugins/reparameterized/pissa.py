@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 from lightning_peft_plugins.reparameterized import ranks
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Base, Method, Traits, WeightAdapter, attach, hosts
 
 OVERSAMPLING = 8  # directions beyond r that the randomised SVD looks at, for the last of the r to be right
-MANY = 20  # layers from which on a progress bar shows
+LARGE, THIN = 1024, 8  # above this side, a randomised SVD serves for up to an eighth of the triplets
+ITERATIONS = {64: 16, 1 << 30: 4}  # of it, for up to so many triplets; 16 as in the authors' code
 
 
 class PiSSALinear(WeightAdapter):
@@ -54,16 +54,18 @@ class PiSSALinear(WeightAdapter):
         return dict(zip(("lora_A.weight", "lora_B.weight"), self.factors(), strict=True))
 
 
-def principal(W: Tensor, r: int, niter: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def principal(W: Tensor, r: int, niter: int | None = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The top ``r`` singular triplets in float32: U (out, r), S (r,), Vh (r, in), the same on every machine.
 
     Args:
         W: (out, in).
         r: at most the smaller side.
-        niter: subspace iterations of a randomised SVD; 0 is the exact one.
+        niter: subspace iterations of a randomised SVD; 0 is the exact one; None chooses by the size.
     """
-    device = "cuda" if W.device.type == "cpu" and torch.cuda.is_available() else W.device
-    W = W.detach().to(device, torch.float32)
+    W = to_compute(W)
+    if niter is None:
+        several = next(n for most, n in ITERATIONS.items() if r <= most)
+        niter = several if min(W.shape) > LARGE and r * THIN <= min(W.shape) else 0
     if niter:
         with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
             torch.manual_seed(0)
@@ -71,7 +73,17 @@ def principal(W: Tensor, r: int, niter: int = 0) -> tuple[Tensor, Tensor, Tensor
             Vh = V.mT
     else:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    return signed(U[:, :r], S[:r], Vh[:r])
+
+
+def to_compute(W: Tensor) -> Tensor:
+    """In float32, on the GPU if there is one."""
+    device = "cuda" if W.device.type == "cpu" and torch.cuda.is_available() else W.device
+    return W.detach().to(device, torch.float32)
+
+
+def signed(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The triplets with the sign that they have on every machine."""
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()  # (1, r): the largest entry becomes positive
     return U * sign, S, Vh * sign.mT
 
@@ -87,7 +99,8 @@ class PiSSA(Method):
     Args:
         r: rank of the part of W that trains.
         alpha: the products are scaled by alpha / r; the layer's rank when None, which is a scale of 1 as in the paper.
-        niter: subspace iterations of a randomised SVD, many times faster on large layers (16 is ample); 0 is exact.
+        niter: subspace iterations of a randomised SVD, many times faster on large layers; 0 is exact. None: 16 (above
+            r=64 4) where the smaller side is above 1024 and r at most an eighth of it, else exact.
         targets: names, patterns or roles of the layers to adapt.
         exclude: patterns of layers to leave out.
         layers: blocks to adapt, as slices and numbers: "0:6", "-4:", "0,2,11"; all when empty.
@@ -108,7 +121,7 @@ class PiSSA(Method):
     name: str = "pissa"
     r: int = 8
     alpha: float | None = None
-    niter: int = 0
+    niter: int | None = None
     targets: tuple[str, ...] = ("all-linear",)
     exclude: tuple[str, ...] = ()
     layers: str = ""
@@ -117,12 +130,12 @@ class PiSSA(Method):
 
     def __post_init__(self) -> None:
         ranks.check(self)
-        if self.niter < 0:
+        if (self.niter or 0) < 0:
             raise ValueError(f"PiSSA's niter must be 0 (exact SVD) or more, got {self.niter}")
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         places = list(ranks.places(self, model))
-        for name, host, r, alpha in track(places, "PiSSA: singular vectors", disable=len(places) < MANY):
+        for name, host, r, alpha in ranks.bar(places, "PiSSA: singular vectors", [hosts.shape(p[1]) for p in places]):
             if r > min(hosts.shape(host)):
                 raise ValueError(f"{name}: r={r}, but its {hosts.shape(host)} weight has fewer singular vectors")
             U, S, Vh = principal(hosts.read(host), r, self.niter)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from lightning_peft_plugins.reparameterized.lora import LoRA
+from lightning_peft_plugins.reparameterized.lora import LoRA, LoRALinear
 from torch import Tensor, nn
 
 from lightning_peft import Method, hf, hosts, inject, remove
@@ -14,13 +14,14 @@ def convert(method: Method, model: nn.Module) -> LoRA:
     """Put LoRA with the same weight in the place of ``method``, whose adapters have ``factors``: A (r, in), B (out, r).
 
     What trained in full stays as it is; ``lightning_peft.save`` and ``hf.save`` then write a LoRA. It has no dropout.
+    Ranks whose row of A is zero are left out, and so are layers without any other.
 
     Args:
         method: that was injected, alone.
         model: that was injected into, or one that holds it.
 
     Raises:
-        ValueError: other methods beside it, or none at all.
+        ValueError: other methods beside it, or none at all; nothing but zeros.
     """
     held = find_record(model)
     if held is None or list(held[1].methods) != [method]:
@@ -28,7 +29,10 @@ def convert(method: Method, model: nn.Module) -> LoRA:
         raise ValueError(f"{method.name} becomes a plain LoRA where it is alone; the methods of this model: {names}")
     owner = model.get_submodule(held[0])
     factors = {name: _factors(a) for name, _, a in method.adapters(owner)}
+    factors = {name: (A, B) for name, (A, B) in factors.items() if len(A)}
     ranks = {name: len(A) for name, (A, _) in factors.items()}
+    if not ranks:
+        raise ValueError(f"{method.name} changes nothing yet, so there is no LoRA to make of it: train it first")
     r = max(ranks.values())
     wide = [n for n in ranks if r > min(hosts.shape(owner.get_submodule(n)))]  # LoRA would clamp it
     lora = LoRA(
@@ -47,5 +51,8 @@ def convert(method: Method, model: nn.Module) -> LoRA:
     return lora
 
 
-def _factors(adapter: Any) -> list[Tensor]:
-    return [f.detach().clone() for f in adapter.factors()]
+def _factors(adapter: Any) -> tuple[Tensor, Tensor]:
+    A, B = (f.detach() for f in adapter.factors())
+    kept = A.any(dim=1)
+    scale = adapter.scale if isinstance(adapter, LoRALinear) else 1.0  # which keeps it apart from its factors
+    return scale * A[kept], B[:, kept]

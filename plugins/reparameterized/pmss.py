@@ -5,11 +5,10 @@ hand: how rows and columns are picked, the scale, the default rank and the targe
 """
 
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from lightning_peft_plugins.reparameterized import ranks
-from lightning_peft_plugins.reparameterized.pissa import MANY
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,6 +56,11 @@ class PMSSLinear(WeightAdapter):
         U, C = self.core().to(h.dtype), W[:, self.columns].to(h.dtype)
         return y + F.linear(F.linear(h, U), C).to(y.dtype)
 
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """The same change of W (out, in) as plain LoRA of the smaller of r and c: A (rank, in), B (out, rank)."""
+        C, U, R = W[:, self.columns].to(self.U.dtype), self.core(), W[self.rows].to(self.U.dtype)
+        return (R, C @ U) if U.shape[1] <= U.shape[0] else (U @ R, C)
+
     def _inner(self, base: Base, W: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """R x, which the base has computed already: its outputs at the rows, less their bias.
 
@@ -68,6 +72,20 @@ class PMSSLinear(WeightAdapter):
             inner = y[..., self.rows]
             return inner if bias is None else inner - bias[self.rows].to(y.dtype)
         return F.linear(x, W[self.rows].to(x.dtype))
+
+
+class Plain(NamedTuple):
+    """What is written of an adapter: A (rank, in) and B (out, rank) of a plain LoRA."""
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B
+
+    def to_hf(self, name: str, host: Any) -> dict[str, Tensor]:
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
 
 
 def pivots(M: Tensor, count: int) -> Tensor:
@@ -135,7 +153,8 @@ class PMSS(Method):
 
     The count is c * r whatever the size of the layer, so r is several hundred at the cost of a small LoRA. The places
     lie in the file and are never picked again for it. C and R are read from the weight below at every forward, which
-    under another weight method on the same layer is the one that this method makes.
+    under another weight method on the same layer is the one that this method makes. ``hf.save`` writes a plain LoRA of
+    the same change, whose file holds C and R and so is as large as a LoRA of rank r.
 
     Args:
         r: rows, and columns if c is not given.
@@ -164,6 +183,7 @@ class PMSS(Method):
         merge=True,
         quantized=True,
         needs_weights=True,
+        hf="LORA:",
     )
     name: str = "pmss"
     r: int = 256
@@ -193,12 +213,16 @@ class PMSS(Method):
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         places = list(ranks.places(self, model))
-        for name, host, r, alpha in track(places, "PMSS: rows and columns", disable=len(places) < MANY):
+        for name, host, r, alpha in ranks.bar(places, "PMSS: rows and columns", [hosts.shape(p[1]) for p in places]):
             out, fan_in = hosts.shape(host)
             c = self.c or r
             if c > fan_in or r > out:
                 raise ValueError(f"{name}: c={c}, r={r}, but its {(out, fan_in)} weight has fewer; exclude it")
             attach(host, self.name, self._adapter(name, hosts.read(host).detach(), c, r, alpha / r))
+
+    def to_hf(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        r = min(self.r, self.c or self.r)
+        return ranks.to_lora(self, model, r, r, plain=lambda host, a: Plain(*a.factors(hosts.read(host).detach())))
 
     def _adapter(self, name: str, W: Tensor, c: int, r: int, scale: float) -> PMSSLinear:
         try:

@@ -1,13 +1,19 @@
 """What the methods with a rank share: the checks of their options, and which of them holds on which layer."""
 
 import math
+import os
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_peft import find, hf, hosts, matches
+
+T = TypeVar("T")
+MANY, LONG = 20, 1 << 23  # layers, or weights whose decomposition takes a second or so on a laptop
 
 
 def check(method: Any) -> None:
@@ -66,6 +72,18 @@ def places(method: Any, model: nn.Module, *, clamp: bool = True) -> Iterator[tup
         yield name, host, r, _first(method.alpha_pattern, name) or method.alpha or r
 
 
+def bar(places: Sequence[T], what: str, sizes: Iterable[tuple[int, int]]) -> Iterable[T]:
+    """``places`` under a progress bar, where the work on them takes long, and in one of several processes."""
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    first = not (torch.distributed.get_rank() if together else int(os.environ.get("LOCAL_RANK", 0)))
+    long = len(places) >= MANY or sum(out * fan_in for out, fan_in in sizes) >= LONG
+    return track(places, what, disable=not (long and first))
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
 def _first(patterns: Mapping[str, Any], name: str) -> Any:
     return next((v for p, v in patterns.items() if matches(name, p)), None)
 
@@ -79,6 +97,7 @@ def to_lora(
     rslora: bool = False,
     dropout: float = 0.0,
     init: str = "default",
+    plain: Callable[[Any, Any], Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(fields, tensors) of peft's LoRA for adapters that have ``factors``, ``scale`` and ``to_hf``.
 
@@ -88,8 +107,17 @@ def to_lora(
         r, alpha: what peft takes where an adapter has no other.
         rslora, dropout: peft's use_rslora and lora_dropout.
         init: of A, "default" or "gaussian".
+        plain: of (host, adapter), what has these three, where the adapter alone does not.
     """
-    held: dict[str, tuple[Any, Any]] = {name: (host, a) for name, host, a in method.adapters(model)}
+    held: dict[str, tuple[Any, Any]] = {
+        name: (host, plain(host, a) if plain else a) for name, host, a in method.adapters(model)
+    }
+    for name in held:
+        if name.rpartition(".")[2] in ("out_proj", "conv1d") and hasattr(_parent(model, name), "A_log"):
+            raise ValueError(
+                f"{name}: huggingface/peft refuses LoRA there, since fused kernels would bypass its layers; merge "
+                "instead, or exclude it"
+            )
     rank = {name: len(a.factors()[0]) for name, (_, a) in held.items()}
     alphas = {name: (rank[name], a.scale * norm(rank[name], rslora)) for name, (_, a) in held.items()}
     fields = hf.write_ranks(model, alphas, r, alpha) | {

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from lightning_peft_plugins.reparameterized import dense, ranks
-from lightning_peft_plugins.reparameterized.pissa import MANY, principal
-from rich.progress import track
+from lightning_peft_plugins.reparameterized.pissa import principal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -128,7 +127,8 @@ class SSVD(Method):
             layers with out < in, as the authors' code did for the published numbers.
         init_s: of the shifts, "zero", or "kaiming" as in older versions of that code, which does not start at the base.
         form: how forward computes: "branch" beside the base, "weight" built whole; "auto" whichever is cheaper.
-        niter: subspace iterations of a randomised SVD, faster for a small k (16 is ample); 0 is exact.
+        niter: subspace iterations of a randomised SVD, faster for a small k; 0 is exact. None: 16 (above k=64 4) where
+            the smaller side is above 1024 and k at most an eighth of it, else exact, as at the published fraction.
         targets: names, patterns or roles of the layers to adapt.
         exclude: patterns of layers to leave out.
         layers: blocks to adapt, as slices and numbers: "0:6", "-4:", "0,2,11"; all when empty.
@@ -152,7 +152,7 @@ class SSVD(Method):
     side: str = "input"
     init_s: str = "zero"
     form: str = "auto"
-    niter: int = 0
+    niter: int | None = None
     targets: tuple[str, ...] = ("all-linear",)
     exclude: tuple[str, ...] = ()
     layers: str = ""
@@ -173,15 +173,14 @@ class SSVD(Method):
             raise ValueError(f"SSVD needs at least 1 vector, got r={self.r}")
         if self.rotation_ratio is not None and not 0 < self.rotation_ratio <= 1:
             raise ValueError(f"SSVD's rotation_ratio must lie in (0, 1], got {self.rotation_ratio}")
-        if self.niter < 0:
+        if (self.niter or 0) < 0:
             raise ValueError(f"SSVD's niter must be 0 (exact SVD) or more, got {self.niter}")
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         places = find(model, self.targets, self.traits.hosts, exclude=self.exclude, layers=self.layers)
         sizes = [self._size(name, host) for name, host in places]  # all of them first: the SVDs take long
-        for (name, host), k in track(
-            list(zip(places, sizes, strict=True)), "SSVD: singular vectors", disable=len(places) < MANY
-        ):
+        todo = list(zip(places, sizes, strict=True))
+        for (name, host), k in ranks.bar(todo, "SSVD: singular vectors", [hosts.shape(host) for _, host in places]):
             triplets = principal(hosts.read(host), k, self.niter)
             if not triplets[1][0]:
                 raise ValueError(f"{name}: its weight is all zeros, so no rotation would change it; exclude it")

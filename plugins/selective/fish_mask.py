@@ -3,7 +3,6 @@
 Sung et al. 2021, arXiv:2111.09839. With SHiRA's other choices by data (Bhardwaj et al. 2024, arXiv:2406.13175).
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -72,7 +71,7 @@ class FishMask(Method):
         weights = [host.weight for host in targets.values()]
         sums = {name: torch.zeros(hosts.shape(host), device=host.weight.device) for name, host in targets.items()}
         count = 0
-        with _looking(model, weights):
+        with sparse.looking(model, weights):
             for example in islice((e for batch in batches for e in examples(batch)), self.samples):
                 grads = torch.autograd.grad(loss(example), weights, allow_unused=True)
                 count += 1
@@ -129,19 +128,3 @@ def _at(x: Any, index: slice) -> Any:
         parts = [_at(v, index) for v in x]
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
     return x
-
-
-@contextlib.contextmanager
-def _looking(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """In evaluation mode, with gradients for these weights."""
-    modes, before = [(m, m.training) for m in model.modules()], [w.requires_grad for w in weights]
-    model.eval()
-    for w in weights:
-        w.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for w, trains in zip(weights, before, strict=True):
-            w.requires_grad_(trains)

@@ -1,6 +1,7 @@
 """What the methods that train scattered entries of weights share: the sparse difference, and how entries are chosen."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -162,3 +163,19 @@ def check(method: Any) -> None:
         raise ValueError(f"{method.name}: density is a share of the weights in (0, 1], got {method.density}")
     if method.scope not in ("layer", "global"):
         raise ValueError(f"{method.name}: scope is 'layer' or 'global', got {method.scope!r}")
+
+
+@contextlib.contextmanager
+def looking(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+    """In evaluation mode, with gradients for these weights."""
+    modes, before = [(m, m.training) for m in model.modules()], [w.requires_grad for w in weights]
+    model.eval()
+    for w in weights:
+        w.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for w, trains in zip(weights, before, strict=True):
+            w.requires_grad_(trains)

@@ -3,6 +3,6 @@
 A row names a method with small hyper-parameters, a tiny random base and a batch of four examples.
 """
 
-from tests.zoo import additive, reparameterized, selective
+from tests.zoo import additive, hybrid, lifecycle, reparameterized, selective
 
-ROWS = [*reparameterized.ROWS, *additive.ROWS, *selective.ROWS]
+ROWS = [*reparameterized.ROWS, *additive.ROWS, *selective.ROWS, *lifecycle.ROWS, *hybrid.ROWS]

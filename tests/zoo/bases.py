@@ -9,6 +9,10 @@ from transformers import (
     BartForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -41,6 +45,19 @@ def gpt2() -> nn.Module:
     model = GPT2LMHeadModel(config).eval()
     model.loss_type = "ForCausalLM"  # its class's name does not tell, and guessing warns, which a compiled graph cannot
     return model
+
+
+SSM: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "use_cache": False}
+
+
+def mamba() -> nn.Module:
+    config = MambaConfig(**SSM, time_step_rank=3, tie_word_embeddings=False)
+    return MambaForCausalLM(config).eval()
+
+
+def mamba2() -> nn.Module:
+    config = Mamba2Config(**SSM, num_heads=8, head_dim=8, n_groups=2, chunk_size=4, tie_word_embeddings=False)
+    return Mamba2ForCausalLM(config).eval()
 
 
 def t5() -> nn.Module:

@@ -1,15 +1,19 @@
 """Rows of the reparameterized methods."""
 
+from lightning_peft_plugins.reparameterized.ba_lora import BALoRA
+from lightning_peft_plugins.reparameterized.ba_lora_loss import BALoRALoss
 from lightning_peft_plugins.reparameterized.boft import BOFT
 from lightning_peft_plugins.reparameterized.bone import Bone
 from lightning_peft_plugins.reparameterized.dora import DoRA
 from lightning_peft_plugins.reparameterized.fourier_ft import FourierFT
 from lightning_peft_plugins.reparameterized.hra import HRA
 from lightning_peft_plugins.reparameterized.hut import HUT
+from lightning_peft_plugins.reparameterized.ipa import IPA
 from lightning_peft_plugins.reparameterized.kasa import KaSA
 from lightning_peft_plugins.reparameterized.loha import LoHa
 from lightning_peft_plugins.reparameterized.lokr import LoKr
 from lightning_peft_plugins.reparameterized.lora import LoRA
+from lightning_peft_plugins.reparameterized.mamba_lora import MambaLoRA
 from lightning_peft_plugins.reparameterized.oft import OFT
 from lightning_peft_plugins.reparameterized.pissa import PiSSA
 from lightning_peft_plugins.reparameterized.pmss import PMSS
@@ -20,7 +24,26 @@ from lightning_peft_plugins.reparameterized.vb_lora import VBLoRA
 from lightning_peft_plugins.reparameterized.vera import VeRA
 
 from lightning_peft.testing import Row
-from tests.zoo.bases import bert, cnn, gpt2, images, llama, nf4_llama, sentences, small_images, t5, text, vit
+from tests.zoo.bases import (
+    bert,
+    cnn,
+    gpt2,
+    images,
+    llama,
+    mamba,
+    mamba2,
+    nf4_llama,
+    sentences,
+    small_images,
+    t5,
+    text,
+    vit,
+)
+
+SEPARABLE = BALoRALoss(lambda2=0.05, lambda3=0.0)  # means over tokens, the same in parts of a batch
+CLASSES = BALoRALoss(form="nlu", k=1)
+OF_ITS_BATCH = {"two_processes": "dominance and covariance are those of a process's own batch"}
+SINGLES = {"resume": "its batches are of one example, which has no covariance: refused"}
 
 ROWS = [
     Row("lora", lambda: LoRA(r=2), llama, text),
@@ -32,12 +55,34 @@ ROWS = [
     Row("lora-t5", lambda: LoRA(r=2, targets=("q", "v"), alpha_pattern={"*.v": 4.0}), t5, text),
     Row("lora-vit", lambda: LoRA(r=2, layers="1:"), vit, images),
     Row("lora-conv", lambda: LoRA(r=2, targets=("0", "3", "5", "7")), cnn, small_images),
+    Row("lora-mamba", lambda: LoRA(r=2, targets=("mixer",), exclude=("dt_proj",)), mamba, text),
+    Row("mamba-lora", lambda: MambaLoRA(r=2), mamba, text),
+    Row("mamba-lora-2-sll", lambda: MambaLoRA(r=2, preset="sll", rslora=True), mamba2, text),
+    Row(
+        "mamba-lora-2-projectors",
+        lambda: MambaLoRA(r=2, preset="projectors", also=("embeddings",), init="gaussian"),
+        mamba2,
+        text,
+    ),
+    Row("dora-mamba", lambda: DoRA(r=2, targets=("in_proj", "x_proj", "out_proj")), mamba, text),
     Row("dora", lambda: DoRA(r=2), llama, text),
     Row("dora-bert-head", lambda: DoRA(r=2, dropout=0.1), bert, sentences, train=("classifier",)),
     Row("dora-gpt2", lambda: DoRA(r=2, rslora=True, init="gaussian"), gpt2, text),
     Row("dora-embedding", lambda: DoRA(r=2, targets=("embed_tokens", "q_proj")), llama, text),
     Row("dora-conv", lambda: DoRA(r=2, targets=("0", "5", "7")), cnn, small_images),
     Row("dora-nf4", lambda: DoRA(r=2), nf4_llama, text),
+    Row("ba-lora", lambda: BALoRA(r=2, loss=SEPARABLE), llama, text),
+    Row("ba-lora-nf4", lambda: BALoRA(r=2, niter=0), nf4_llama, text, known=OF_ITS_BATCH),
+    Row(
+        "ba-lora-bert-classes",
+        lambda: BALoRA(r=2, loss=CLASSES),
+        bert,
+        sentences,
+        train=("classifier",),
+        known=OF_ITS_BATCH | SINGLES,
+    ),
+    Row("ba-lora-loss-dora", lambda: [DoRA(r=2), BALoRALoss(k=2)], gpt2, text, known=OF_ITS_BATCH),
+    Row("ba-lora-loss-t5", lambda: [SEPARABLE, LoRA(r=2)], t5, text),
     Row("pissa", lambda: PiSSA(r=2), llama, text),
     Row("pissa-bert-head", lambda: PiSSA(r=2, alpha=4.0), bert, sentences, train=("classifier",)),
     Row("pissa-gpt2-niter", lambda: PiSSA(r=2, niter=8), gpt2, text),
@@ -113,6 +158,12 @@ ROWS = [
     Row("pmss-bert-head", lambda: PMSS(r=4, dropout=0.1), bert, sentences, train=("classifier",)),
     Row("pmss-gpt2", lambda: PMSS(r=4, c=7, selection="cpqr", rank_pattern={"c_fc": 9}), gpt2, text),
     Row("pmss-vit", lambda: PMSS(r=4, selection="random", seed=3, layers="1:"), vit, images),
+    Row("ipa", lambda: IPA(r=3), llama, text),
+    Row("ipa-nf4", lambda: IPA(r=2, scale=1.0), nf4_llama, text),
+    Row("ipa-bert-head-both", lambda: IPA(r=3, train_projector=True), bert, sentences, train=("classifier",)),
+    Row("ipa-gpt2", lambda: IPA(r=2, niter=0, dropout=0.1, rank_pattern={"c_fc": 5}), gpt2, text),
+    Row("ipa-t5-few", lambda: IPA(r=4, rows=9, seed=3, targets=("q", "v", "wo")), t5, text),
+    Row("ipa-vit", lambda: IPA(r=3, layers="1:"), vit, images),
     Row("kasa", lambda: KaSA(r=2), llama, text),
     Row("kasa-nf4", lambda: KaSA(r=2, reduction="sum"), nf4_llama, text),
     Row("kasa-bert-head", lambda: KaSA(r=2, dropout=0.1, gram="large"), bert, sentences, train=("classifier",)),
@@ -122,8 +173,8 @@ ROWS = [
     Row("tera-bert-head", lambda: TeRA(whole_side="out", scale=2.0), bert, sentences, train=("classifier",)),
     Row("tera-gpt2", lambda: TeRA(whole_side="min", max_rank=24, zero_mode=2), gpt2, text),
     Row("tera-t5", lambda: TeRA(factors="identity", tensor_shapes={"*.v": (8, 4, 32)}, targets=("q", "v")), t5, text),
-    Row("hut", lambda: HUT(r=3, shift=False), llama, text),
-    Row("hut-nf4", lambda: HUT(r=1, shift=False), nf4_llama, text),
+    Row("hut", lambda: HUT(r=3), llama, text),
+    Row("hut-nf4", lambda: HUT(r=1), nf4_llama, text),
     Row("hut-bert-head", lambda: HUT(r=4, expansion="tile"), bert, sentences, train=("classifier",)),
     Row("hut-gpt2", lambda: HUT(r=2, rank_pattern={"c_fc": 5}), gpt2, text),
     Row("hut-vit-power", lambda: HUT(r=2, expansion="power", scale=False), vit, images),

@@ -5,6 +5,7 @@ from lightning_peft_plugins.selective.diff_pruning import DiffPruning
 from lightning_peft_plugins.selective.fish_mask import FishMask
 from lightning_peft_plugins.selective.norm_tuning import NormTuning
 from lightning_peft_plugins.selective.partial_tuning import PartialTuning
+from lightning_peft_plugins.selective.s2ft import S2FT
 from lightning_peft_plugins.selective.sparse_mask import SparseMask
 
 from lightning_peft.testing import Row
@@ -40,4 +41,11 @@ ROWS = [
     Row("diff-pruning-bert-head", lambda: DiffPruning(grouped=False), bert, sentences, train=("classifier",)),
     Row("diff-pruning-gpt2", lambda: DiffPruning(scope="layer", l0_weight=1e-3, alpha_init=0.0), gpt2, text),
     Row("diff-pruning-conv", lambda: DiffPruning(search=0.2, density=0.3, targets=("0", "3")), cnn, small_images),
+    Row("s2ft", lambda: S2FT(d_ratio=0.1, o_ratio=0.25), llama, text),
+    Row("s2ft-nf4", lambda: S2FT(d_ratio=0.1, u_ratio=0.1, v_ratio=0.3, seed=2), nf4_llama, text),
+    Row("s2ft-bert-head", lambda: S2FT(selection="weight", d_ratio=0.1), bert, sentences, train=("classifier",)),
+    Row("s2ft-gpt2-v", lambda: S2FT(v_ratio=0.3, u_ratio=0.05, scope="layer"), gpt2, text),
+    Row("s2ft-vit", lambda: S2FT(selection="activation", d_ratio=0.1, layers="1:"), vit, images),
+    Row("s2ft-t5", lambda: S2FT(selection="product", prefer="largest", d_ratio=0.1, u_ratio=0.1), t5, text),
+    Row("s2ft-gradient", lambda: S2FT(selection="gradient", d_ratio=0.1, v_ratio=0.3, o_ratio=0.0), llama, text),
 ]

@@ -1,0 +1,197 @@
+"""What lifecycle methods are for, measured against the same training without them, on sentences of yours.
+
+    python examples/benchmarks/lifecycle.py --train sst2/train.tsv --val sst2/dev.tsv [--runs lora deft] [--seeds 3]
+        [--epochs 1] [--limit 1.0] [--precision 32-true] [--out TABLE.md]
+
+Each run fine-tunes MiniLM on labelled sentences (tsv without a header: sentence, label). Columns: accuracy on --val;
+parameters that train at the end, without the head; of the base's parameters, what is left; a training step and an
+evaluation step at the end, as ratios to those of a fresh LoRA in turn with it, so that a noisy machine slows both
+alike; densities of MLP activations in evaluation (soft, and larger than 1e-3); sharpness, the rise of the loss on
+--val's first rows when what trains is moved at random by 5 % of its length; bytes of the optimizer's state.
+"""
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning_peft_plugins.lifecycle.deft import DEFT
+from rich.console import Console
+from torch import Tensor, nn
+
+from lightning_peft import PEFT, Method, registry
+from lightning_peft.data import TextClassificationData
+from lightning_peft.inject import inject, pattern_selects
+from lightning_peft.models import TextClassifier
+from lightning_peft.models.source import MINILM
+
+HEAD = ("*classifier*",)
+WATCH = DEFT(name="watch", weight=0.0)  # only measures
+QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def methods(name: str, steps: int = 100) -> list[Method]:
+    """The methods of a run of so many steps by name; "full" trains the layers that GaLore does."""
+
+    def make(method: str, **options: Any) -> Method:
+        return registry.load(method)(**options)
+
+    runs: dict[str, Callable[[], list[Method]]] = {
+        "full": lambda: [make("partial_tuning", targets=("all-linear",))],
+        "lora": lambda: [make("lora", r=8)],
+        "deft": lambda: [make("lora", r=8), make("deft", weight=1.0, eps=1e-3, warmup=0.1)],
+        "ada_deft": lambda: [make("lora", r=8), make("ada_deft", weight=1.0, eps=1e-3, warmup=0.1)],
+        "light_peft": lambda: [make("lora", r=8), make("light_peft", estimation_steps=steps // 5, head_ratio=0.4,
+                                                       ffn_ratio=0.42, module_ratio=0.5)],
+        "adalora": lambda: [make("adalora", init_r=12, target_r=8)],
+        "l1ra": lambda: [make("l1ra", r=8, l1=2.0)],
+        "flat_lora": lambda: [make("flat_lora", r=8)],
+        "sam": lambda: [make("lora", r=8), make("sam")],
+        "bsam": lambda: [make("lora", r=8), make("bsam")],
+        "galore": lambda: [make("galore", r=8, scale=4.0)],
+        "natural_galore": lambda: [make("natural_galore", r=8, scale=4.0)],
+    }  # fmt: skip
+    return runs[name]()
+
+
+RUNS = ("full", "lora", "deft", "ada_deft", "light_peft", "adalora", "l1ra", "flat_lora", "sam", "bsam", "galore",
+        "natural_galore")  # fmt: skip
+RATES = {"full": 1e-4, "galore": 1e-4, "natural_galore": 1e-4}
+RATE = 1e-3  # of the others
+COLUMNS = ("run", "accuracy", "trained", "base's blocks", "step / LoRA's", "eval / LoRA's", "soft", "> 1e-3",
+           "sharpness", "fit", "optimizer")  # fmt: skip
+
+
+class Run:
+    """One fit, and what is left of it."""
+
+    def __init__(self, name: str, options: argparse.Namespace, seed: int) -> None:
+        seed_everything(seed, verbose=False)
+        self.data = TextClassificationData(MINILM, train=options.train, val=options.val, columns=["text", "label"],
+                                           max_length=64, batch_size=options.batch)  # fmt: skip
+        self.module = TextClassifier(MINILM, learning_rate=RATES.get(name, RATE))
+        rows = Path(options.train).read_text(encoding="utf-8").count("\n")
+        held = methods(name, int(rows // options.batch * options.limit) * options.epochs)
+        callbacks: list[Any] = [PEFT([*held, WATCH], model="model", train=HEAD, folder=None)] if held else []
+        trainer = Trainer(max_epochs=options.epochs, limit_train_batches=options.limit, precision=options.precision,
+                          accelerator="cpu", enable_checkpointing=False, limit_val_batches=0, callbacks=callbacks,
+                          **QUIET)  # fmt: skip
+        began = time.perf_counter()
+        trainer.fit(self.module, self.data)
+        self.seconds = time.perf_counter() - began
+        self.optimizer = sum(t.numel() * t.element_size() for o in trainer.optimizers for s in o.state.values()
+                             for t in s.values() if isinstance(t, Tensor))  # fmt: skip
+        checker = Trainer(accelerator="cpu", enable_checkpointing=False, **QUIET)
+        if held:
+            WATCH.forget(self.module.model)
+        self.accuracy = float(checker.validate(self.module, self.data, verbose=False)[0]["val_accuracy"])
+        told = WATCH.report(self.module.model) if held else {}
+        self.density = {q: statistics.mean(told[q].values()) for q in ("eval_soft", "eval_above") if q in told}
+        self.batches = [b for _, b in zip(range(8), self.data.val_dataloader(), strict=False)]
+
+    @property
+    def model(self) -> Any:
+        return self.module.model
+
+    def trained(self) -> int:
+        names = self.model.named_parameters()
+        return sum(p.numel() for n, p in names if p.requires_grad and not any(pattern_selects(h, n) for h in HEAD))
+
+    def sharpness(self, size: float = 0.05, draws: int = 4) -> float:
+        """Rise of the loss by a random step of ``size`` times the length of what trains, mean of several."""
+        self.model.eval()
+        moved = [p for n, p in self.model.named_parameters() if p.requires_grad]
+        generator, rises = torch.Generator().manual_seed(0), []
+        with torch.no_grad():
+            before, start = self._loss(), [p.clone() for p in moved]
+            for _ in range(draws):
+                for p, s in zip(moved, start, strict=True):
+                    step = torch.randn(p.shape, generator=generator)
+                    p.copy_(s + step * (size * s.norm() / step.norm().clamp(min=1e-12)))
+                rises.append(self._loss() - before)
+            for p, s in zip(moved, start, strict=True):
+                p.copy_(s)
+        return statistics.mean(rises)
+
+    def _loss(self) -> float:
+        return statistics.mean(float(self.model(**b).loss) for b in self.batches)
+
+
+def ratios(model: Any, batch: dict[str, Tensor], rounds: int) -> tuple[float, float]:
+    """(training step, evaluation step) over those of a fresh LoRA r=8 on the same base, medians of pairs."""
+    plain = TextClassifier(MINILM, num_labels=2)
+    plain.configure_model()
+    head = [n for n, _ in plain.model.named_parameters() if any(pattern_selects(h, n) for h in HEAD)]
+    inject(plain.model, methods("lora")[0], train=head)
+    return tuple(
+        statistics.median(a / b for a, b in ((_time(model, batch, train), _time(plain.model, batch, train))
+                                             for _ in range(rounds)))
+        for train in (True, False)
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+def _time(model: nn.Module, batch: dict[str, Tensor], train: bool) -> float:
+    model.train(train)
+    began = time.perf_counter()
+    with nullcontext() if train else torch.no_grad():
+        loss = model(**batch).loss
+    if train:
+        loss.backward()
+        model.zero_grad()
+    return time.perf_counter() - began
+
+
+def lines(options: argparse.Namespace) -> Iterator[str]:
+    ids = torch.randint(1000, 20000, (16, 32), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+    yield "| " + " | ".join(COLUMNS) + " |"
+    yield "| " + " | ".join("---" for _ in COLUMNS) + " |"
+    for name in options.runs:
+        runs = [Run(name, options, seed) for seed in range(1, 1 + options.seeds)]
+        last, scores = runs[-1], [r.accuracy for r in runs]
+        spread = f" +- {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
+        base = sum(p.numel() for n, p in last.model.named_parameters() if ".adapters." not in n and "encoder" in n)
+        train, evaluate = ratios(last.model, batch, options.rounds)
+        soft, above = (
+            f"{statistics.mean(r.density[q] for r in runs):.3f}" if last.density else "-"
+            for q in ("eval_soft", "eval_above")
+        )
+        sharp = statistics.mean(r.sharpness() for r in runs)
+        yield (
+            f"| {name} | {statistics.mean(scores):.2%}{spread} | {last.trained():,} | {base:,} | {train:.2f} | "
+            f"{evaluate:.2f} | {soft} | {above} | {sharp:.4f} | {last.seconds:.0f} s | {last.optimizer / 1e6:.1f} MB |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--val", required=True)
+    parser.add_argument("--runs", nargs="+", default=RUNS, choices=RUNS)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--limit", type=float, default=1.0, help="share of the training rows")
+    parser.add_argument("--precision", default="32-true", help="of the fits")
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of steps for the ratios")
+    parser.add_argument("--out", type=Path, help="write the table here")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_peft"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    with options.out.open("w") if options.out else nullcontext() as out:
+        for line in lines(options):
+            Console().print(line, highlight=False, soft_wrap=True)
+            if out:
+                print(line, file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
