@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_peft.inject import inject, penalty, remove, unfreeze
     from lightning_peft.io import load, restore, save
     from lightning_peft.merge import merge
-    from lightning_peft.method import Method, Step, Traits
+    from lightning_peft.method import Method, Passes, Step, Traits
     from lightning_peft.quantize import quantize
     from lightning_peft.resize import resize
     from lightning_peft.schedule import cubic, linear
@@ -27,6 +27,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "PEFT": "callback",
     "Method": "method",
+    "Passes": "method",
     "Step": "method",
     "Traits": "method",
     "Adapter": "adapter",

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft import ckpt, io, loss, optim, report, resume, sharded, strategies
+from lightning_peft import ckpt, io, loss, optim, passes, report, resume, sharded, strategies
 from lightning_peft.attach import modules
 from lightning_peft.history import History
 from lightning_peft.inject import find_record
@@ -120,6 +120,9 @@ class PEFT(Callback):
         optim.take_over(trainer, pl_module, target, self.methods)
         self.sentinel.check_model(trainer, pl_module, target)
         sharded.check_covered(trainer, pl_module)
+        for method in self._overriding("after_backward"):  # one at most: see preflight
+            own = functools.partial(lambda m, given: m.after_backward(target, self._step(trainer), given), method)
+            passes.Rerun(trainer, pl_module, own).patch(self._patches)
         self._folder = self._output_folder(trainer)
         if trainer.is_global_zero:
             report.show(target)
@@ -132,8 +135,8 @@ class PEFT(Callback):
             resume.set_gradients(pl_module, self.tape.pending["gradients"])
         self.history.start(trainer, self.target(pl_module))
         self._planned = optim.planned_steps(trainer) if self.total_steps is None else self.total_steps
-        self._stepped = self._before = trainer.global_step
-        self._before -= 1
+        self._stepped = trainer.global_step
+        self._opened = self._before = trainer.global_step - 1
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for _, module in modules(self.target(pl_module)):
@@ -145,6 +148,10 @@ class PEFT(Callback):
         self._capture = ExitStack()
         if self.merge_at_end and not self._calls:
             self._calls = self._capture.enter_context(captured(self.target(pl_module)))
+        if trainer.global_step != self._opened:
+            self._opened = trainer.global_step
+            for method in self._overriding("before_window"):
+                method.before_window(self.target(pl_module), self._step(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rng = resume.rng_state()  # a resumed fit may skip a validation, so it must not shift random numbers

@@ -103,7 +103,8 @@ def _inject_one(model: nn.Module, method: Method, stats: Any, dtype: torch.dtype
     if dtype != torch.float32:
         for _, _, adapter in attached:
             adapter.cast(dtype, None)
-    if not attached and {id(p) for p in model.parameters() if p.requires_grad} == trained:
+    on_gradients = type(method).after_backward is not Method.after_backward  # of what others let train
+    if not attached and not on_gradients and {id(p) for p in model.parameters() if p.requires_grad} == trained:
         raise ValueError(f"method {method.name!r} had no effect: no adapter attached, no parameter set to train")
 
 

@@ -11,8 +11,11 @@
     #                 method.wrap_optimizer(optimizer, model)
     #                 load optimizer state of ckpt_path
     for batch in loader:
+        if first_of_the_accumulation_window:
+            method.before_window(model, step)
         loss = training_step(batch) + method.penalty(model)  # inside autocast and DDP's forward
         (loss / accumulate).backward()
+        method.after_backward(model, step, passes)  # may run the batch again, at other weights
         if last_of_the_accumulation_window:
             method.before_step(model, step)  # gradients summed, unscaled, not yet clipped
             clip(); optimizer.step(); optimizer.zero_grad()
@@ -42,7 +45,8 @@ class Step:
     """Where the fit stands.
 
     Args:
-        index: optimizer steps done before this one (``before_step``) or with this one (``after_step``).
+        index: optimizer steps done before this one (``before_window``, ``after_backward``, ``before_step``) or with it
+            (``after_step``).
         optimizers: the optimizers in use, for ``resize`` to slice their moments.
         planned: optimizer steps of the whole fit, None when Lightning cannot know it.
     """
@@ -64,6 +68,22 @@ class Step:
                 "(max_time, or a loader without length): pass PEFT(..., total_steps=N) or Trainer(max_steps=N)"
             )
         return self.planned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Forward and backward of one micro-batch, for ``after_backward``: what the first gave, and how to run it again.
+
+    Args:
+        loss: of the first pass, not divided by the length of an accumulation window; detached.
+        again: runs both anew at the weights as they are now, leaves the gradient of this pass alone in every ``.grad``
+            and returns the loss. ``again(replay=True)`` draws the random numbers of the first pass, as dropout's masks.
+        average: makes every ``.grad`` its mean over the processes of the fit; until then each has its own.
+    """
+
+    loss: Tensor
+    again: Callable[..., Tensor]
+    average: Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +176,20 @@ class Method(abc.ABC):
         """
         return ()
 
+    def before_window(self, model: nn.Module, step: Step) -> None:
+        """Before the first forward of an optimizer step; of a fit that resumes inside an accumulation window, again."""
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A loss term, already weighted; the host adds it to the task's loss and logs it."""
+
+    def after_backward(self, model: nn.Module, step: Step, passes: Passes) -> None:
+        """Make a micro-batch's gradient in several passes; only one method of a fit may.
+
+        Every ``.grad`` holds that of this micro-batch alone, divided by the length of an accumulation window, and what
+        is left there joins the window's sum; put back weights that you moved. Later passes change no buffer and no
+        torchmetrics state, and what they log is dropped: that is the first pass's alone. Other methods' penalties are
+        part of every pass.
+        """
 
     def before_step(self, model: nn.Module, step: Step) -> None:
         """After backward and before clipping, once an optimizer step; gradients are summed and unscaled."""

@@ -36,6 +36,7 @@ def check_trainer(trainer: Trainer, pl_module: nn.Module, methods: Sequence[Meth
     fit = trainer.state.fn == "fit"
     _check_strategy(trainer, methods if fit else (), merge_at_end and fit)
     _check_precision(trainer.precision_plugin, pl_module)
+    _check_passes(trainer, pl_module, overriding(methods, "after_backward") if fit else [])
     return [*_check_averaging(trainer, methods), *_spawned(trainer)] if fit else []
 
 
@@ -101,6 +102,28 @@ def _check_precision(plugin: Any, pl_module: nn.Module) -> None:
         raise ValueError(
             "TransformerEnginePrecision would replace the linear layers after injection and drop their adapters: use "
             "precision='bf16-mixed', or TransformerEnginePrecision(..., replace_layers=False)"
+        )
+
+
+def _check_passes(trainer: Trainer, pl_module: Any, owners: list[str]) -> None:
+    if not owners:
+        return
+    if len(owners) > 1:
+        raise ValueError(f"{owners} each make the gradient in several passes of their own (after_backward): keep one")
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{owners} run training_step several times a batch, which cannot be done under the manual optimization of "
+            f"{type(pl_module).__name__}: leave automatic_optimization on"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"{owners} combine gradients of several passes, and precision='16-mixed' scales these: use 'bf16-mixed' or "
+            "'32-true'"
+        )
+    if strategies.shards(trainer):
+        raise ValueError(
+            f"{owners} move whole weights between passes, and {type(trainer.strategy).__name__} shards them: use one "
+            "device or strategy='ddp'"
         )
 
 

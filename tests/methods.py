@@ -109,6 +109,9 @@ class Recorder(Method):
         EVENTS.append("wrap_optimizer")
         return optimizer
 
+    def before_window(self, model: nn.Module, step: Step) -> None:
+        EVENTS.append(f"before_window {step.index}/{step.total}")
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         EVENTS.append("penalty")
 

@@ -63,7 +63,7 @@ def noting(name: str, old: Any) -> Any:
 
 
 def window(index: int, total: int) -> list[str]:
-    forward = ["training_step", "penalty"] * 2
+    forward = [f"before_window {index}/{total}", *["training_step", "penalty"] * 2]
     return [*forward, f"before_step {index}/{total}", "clip", "step", f"after_step {index + 1}/{total}"]
 
 

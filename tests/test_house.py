@@ -27,7 +27,7 @@ LAYERS = [
     ("inject", "merge", "proof", "quantize", "reads", "surgery"),
     ("biases", "checks", "config", "hf", "hf_heads", "hf_names", "io", "plain"),
     ("calibration", "ckpt", "history", "optim", "phases", "preflight", "report", "sentinel", "sharded", "strategies"),
-    ("loss", "placement"),
+    ("loss", "passes", "placement"),
     ("callback",),
     ("data", "models", "testing"),
     ("cli",),

@@ -88,7 +88,7 @@ class Run:
         self.seconds = time.perf_counter() - began
         self.optimizer = sum(t.numel() * t.element_size() for o in trainer.optimizers for s in o.state.values()
                              for t in s.values() if isinstance(t, Tensor))  # fmt: skip
-        checker = Trainer(accelerator="cpu", enable_checkpointing=False, **QUIET)
+        checker = Trainer(accelerator="cpu", enable_checkpointing=False, precision=options.precision, **QUIET)
         if held:
             WATCH.forget(self.module.model)
         self.accuracy = float(checker.validate(self.module, self.data, verbose=False)[0]["val_accuracy"])

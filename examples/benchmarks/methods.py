@@ -104,7 +104,7 @@ def accuracy(entry: Entry, options: argparse.Namespace, seed: int) -> float:
         **quiet,
     )
     trainer.fit(model, data)
-    checker = Trainer(accelerator="cpu", enable_checkpointing=False, **quiet)
+    checker = Trainer(accelerator="cpu", enable_checkpointing=False, precision=options.precision, **quiet)
     return float(checker.validate(model, data, verbose=False)[0]["val_accuracy"])
 
 

@@ -15,7 +15,7 @@ from lightning_peft import calibration, optim, registry
 from lightning_peft.attach import modules
 from lightning_peft.find import exact, nearest
 from lightning_peft.inject import find_record, inject, pattern_selects, penalty
-from lightning_peft.method import Method, Step
+from lightning_peft.method import Method, Passes, Step
 from lightning_peft.testing.compare import base_parameters, floats
 
 Batch = dict[str, Any] | tuple[Any, ...]
@@ -156,7 +156,12 @@ class Case:
         anew = {end for m in methods for end in m.restarts(model, Step(index=0, planned=steps))}
         optimizers = self._optimizers(model, methods)
         for index in range(steps):
-            self.objective(model).backward()
+            for method in methods:
+                method.before_window(model, Step(index=index, optimizers=optimizers, planned=steps))
+            (loss := self.objective(model)).backward()
+            for method in methods:
+                passes = Passes(loss=loss.detach(), again=lambda replay=False: self._again(model), average=lambda: None)
+                method.after_backward(model, Step(index=index, optimizers=optimizers, planned=steps), passes)
             raw = {n: p.grad.clone() for n, p in base_parameters(model) if p.grad is not None}
             for method in methods:
                 method.before_step(model, Step(index=index, optimizers=optimizers, planned=steps))
@@ -174,6 +179,12 @@ class Case:
         for method in methods:
             method.finish(model)
         return masked
+
+    def _again(self, model: nn.Module) -> Tensor:
+        model.zero_grad()
+        with torch.enable_grad():
+            (loss := self.objective(model)).backward()
+        return loss.detach()
 
     def _optimizers(self, model: nn.Module, methods: Sequence[Method]) -> list[Optimizer]:
         trained = [p for p in model.parameters() if p.requires_grad]

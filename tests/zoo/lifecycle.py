@@ -5,11 +5,14 @@ from typing import Any
 from lightning_peft_plugins.additive.houlsby_adapter import HoulsbyAdapter
 from lightning_peft_plugins.lifecycle.ada_deft import AdaDEFT
 from lightning_peft_plugins.lifecycle.adalora import AdaLoRA
+from lightning_peft_plugins.lifecycle.bsam import BSAM
 from lightning_peft_plugins.lifecycle.deft import DEFT
+from lightning_peft_plugins.lifecycle.flat_lora import FlatLoRA
 from lightning_peft_plugins.lifecycle.galore import GaLore
 from lightning_peft_plugins.lifecycle.l1ra import L1RA
 from lightning_peft_plugins.lifecycle.light_peft import LightPEFT
 from lightning_peft_plugins.lifecycle.natural_galore import NaturalGaLore
+from lightning_peft_plugins.lifecycle.sam import SAM
 from lightning_peft_plugins.lifecycle.structure_learnable_adapter import StructureLearnableAdapter
 from lightning_peft_plugins.reparameterized.dora import DoRA
 from lightning_peft_plugins.reparameterized.lora import LoRA
@@ -19,6 +22,7 @@ from tests.zoo.bases import bert, cnn, gpt2, images, llama, nf4_llama, sentences
 
 SHORT: dict[str, Any] = {"estimation_steps": 2}  # of three steps or more
 CLOSING: dict[str, Any] = {"threshold": 0.499, "warmup": 0.2, "finetune": 0.5, "lambda_struct": 5.0}
+JOINT: dict[str, Any] = {"sync_perturbation": True}  # so that two processes do what one does
 ROWS = [
     Row("adalora", lambda: AdaLoRA(init_r=3, target_r=2), llama, text),
     Row("adalora-nf4", lambda: AdaLoRA(init_r=3, target_r=2, dropout=0.1), nf4_llama, text),
@@ -92,4 +96,25 @@ ROWS = [
     Row("l1ra-gpt2", lambda: L1RA(r=2, l1=2.0, reassign=False), gpt2, text),
     Row("l1ra-t5", lambda: L1RA(r=2, alpha=2.0, l1=2.0, reset_optimizer=True, targets=("q", "v")), t5, text),
     Row("l1ra-vit", lambda: L1RA(r=2, layers="1:", threshold=0.9, min_rank=2), vit, images),
+    Row("sam-lora-bert-head", lambda: [LoRA(r=2), SAM(**JOINT)], bert, sentences, train=("classifier",)),
+    Row("sam-adaptive-dora-llama", lambda: [SAM(rho=0.5, adaptive=True, **JOINT), DoRA(r=2)], llama, text),
+    Row("sam-nf4", lambda: [LoRA(r=2), SAM(replay_rng=True, **JOINT)], nf4_llama, text),
+    Row("sam-galore-vit", lambda: [SAM(**JOINT), GaLore(r=4, update_proj_gap=2)], vit, images),
+    Row("sam-deft-t5", lambda: [LoRA(r=2), DEFT(eps=1e-2), SAM(**JOINT)], t5, text),
+    Row("bsam-lora-gpt2", lambda: [LoRA(r=2), BSAM(**JOINT)], gpt2, text),
+    Row(
+        "bsam-houlsby-bert-head",
+        lambda: [HoulsbyAdapter(bottleneck=4, train_norms=False), BSAM(ratio_clip=1.01, replay_rng=True, **JOINT)],
+        bert,
+        sentences,
+        train=("classifier",),
+    ),
+    Row("bsam-nf4", lambda: [BSAM(rho_min_min=0.01, lr_min=1e-4, **JOINT), LoRA(r=2)], nf4_llama, text),
+    Row("bsam-conv", lambda: [LoRA(r=2, targets=("0", "7")), BSAM(**JOINT)], cnn, small_images),
+    Row("flat-lora", lambda: FlatLoRA(r=2, rho=0.2), llama, text),
+    Row("flat-lora-nf4", lambda: FlatLoRA(r=2, rho=0.2, schedule="linear_up", dropout=0.1), nf4_llama, text),
+    Row("flat-lora-bert-head", lambda: FlatLoRA(r=2, schedule="constant"), bert, sentences, train=("classifier",)),
+    Row("flat-lora-gpt2", lambda: FlatLoRA(r=2, rho=0.2, rank_seeds="shared", lora_plus_ratio=4.0), gpt2, text),
+    Row("flat-lora-t5", lambda: [LoRA(r=2), FlatLoRA(r=2, rho=0.2, period=2, targets=("q", "v"))], t5, text),
+    Row("flat-lora-vit", lambda: FlatLoRA(r=2, rho=0.2, rslora=True, layers="1:"), vit, images),
 ]
