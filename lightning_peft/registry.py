@@ -1,6 +1,7 @@
 """Methods by entry point, listed without importing them (and without importing torch)."""
 
 import ast
+import contextlib
 import difflib
 import functools
 import importlib.machinery
@@ -118,21 +119,21 @@ def describe(name: str) -> Info:
         return Info(name, "", entry_points()[name].value, problem=str(clash))
     info: dict[str, Any] = {"name": name, "package": _package(ep), "target": ep.value}
     try:
-        module, cls = _find_class(ep.module, ep.attr)
+        home, module, cls = _find_class(ep.module, ep.attr)
     except (OSError, SyntaxError, ImportError, ValueError) as cause:  # ValueError: no text in UTF-8
         return Info(**info, problem=f"{type(cause).__name__}: {cause}")
     summary = (ast.get_docstring(module) or ast.get_docstring(cls) or "").strip().split("\n")[0]
-    traits, fields = _read(cls)
+    traits, fields = _with_bases(home, module, cls)
     return Info(**info, summary=summary, doc=ast.get_docstring(cls) or "", traits=traits, fields=fields)
 
 
-def _find_class(module: str, name: str, hops: int = 4) -> tuple[ast.Module, ast.ClassDef]:
-    """The syntax of a class and of the file that defines it, through `from x import name` in the modules between."""
+def _find_class(module: str, name: str, hops: int = 4) -> tuple[str, ast.Module, ast.ClassDef]:
+    """Module, its syntax and the class's, through `from x import name` in the modules between."""
     spec = _spec(module)
     tree = ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return tree, node
+            return module, tree, node
         if isinstance(node, ast.ImportFrom) and hops:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
@@ -154,6 +155,19 @@ def _spec(module: str) -> importlib.machinery.ModuleSpec:
     if spec is None or spec.name != module or spec.origin is None:
         raise ImportError(f"no module named {module!r}")
     return spec
+
+
+def _with_bases(home: str, _: ast.Module, cls: ast.ClassDef) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+    """Traits and fields of a class, what it inherits included, as far as its bases are named by plain imports."""
+    traits: dict[str, Any] = {}
+    fields: dict[str, tuple[str, str]] = {}
+    for base in cls.bases:
+        if isinstance(base, ast.Name) and base.id != "Method":
+            with contextlib.suppress(ImportError, OSError):  # typing.Generic and the like
+                more = _with_bases(*_find_class(home, base.id))
+                traits, fields = more[0] | traits, more[1] | fields
+    own = _read(cls)
+    return own[0] or traits, fields | own[1]
 
 
 def _read(cls: ast.ClassDef) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
