@@ -26,11 +26,13 @@ import peft
 import torch
 import transformers
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning_peft_plugins.reparameterized.ba_lora_loss import BALoRALoss
 from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_peft import PEFT, Method, hf, registry
 from lightning_peft.attach import adapters
+from lightning_peft.calibration import frozen
 from lightning_peft.data import TextClassificationData
 from lightning_peft.inject import inject, pattern_selects
 from lightning_peft.models import TextClassifier
@@ -38,7 +40,14 @@ from lightning_peft.models.source import MINILM
 
 HEAD = ("*classifier*",)
 # What a method needs beside its defaults, and learning rates other than 1e-3, as the papers and cards advise.
-OPTIONS: dict[str, dict[str, Any]] = {"partial_tuning": {"last": 1}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "partial_tuning": {"last": 1},
+    "vb_lora": {"length": 128},
+    "sparse_mask": {"r": 8},
+    "pmss": {"r": 64},
+    "ba_lora": {"r": 8, "loss": BALoRALoss(form="nlu", k=1)},
+    "ssvd": {"r": 64},
+}
 LEARNING_RATES = {"vera": 1e-2, "ia3": 1e-2, "vb_lora": 5e-3, "fourier_ft": 3e-2, "prompt_tuning": 1e-2,
                   "prefix_tuning": 5e-3, "partial_tuning": 2e-4, "diff_pruning": 5e-4, "rand_lora": 5e-3}  # fmt: skip
 
@@ -118,8 +127,13 @@ class Stepper:
         self.entry, self.batch, self.seconds = entry, batch, [0.0]
         if entry.by == "ours":
             head = [n for n, _ in module.model.named_parameters() if any(pattern_selects(p, n) for p in HEAD)]
-            inject(module.model, entry.method, train=head)
             self.model: Any = module.model
+            stats = {}
+            if entry.method.calibrates:
+                with frozen(self.model, head):
+                    found = entry.method.calibrate(self.model, [batch], lambda b: self.model(**b).loss)
+                stats[entry.method.name] = found
+            inject(self.model, entry.method, train=head, stats=stats)
             held = {id(p): p for _, _, a in adapters(self.model) for p in a.parameters()}
         else:
             self.model = theirs(module.model, entry.method)
@@ -202,9 +216,10 @@ def lines(options: argparse.Namespace) -> Iterator[str]:
         entry = each.entry
         seeds = range(1, 1 + (options.seeds if entry.by == "ours" else min(options.seeds, options.peft_seeds)))
         scores = [accuracy(entry, options, seed) for seed in seeds]
+        mean = f"{statistics.mean(scores):.2%}" if scores else "-"
         spread = f" +- {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
         yield (
-            f"| {entry.method.name} | {entry.by} | {statistics.mean(scores):.2%}{spread} | {each.trained:,} | "
+            f"| {entry.method.name} | {entry.by} | {mean}{spread} | {each.trained:,} | "
             f"{ratio:.2f} | {kept / 1e6:.1f} MB | {each.bytes / 1e3:,.0f} kB |"
         )
 
@@ -215,7 +230,9 @@ def main() -> None:
     parser.add_argument("--val", required=True)
     parser.add_argument("--methods", nargs="+", default=[n for n in registry.names()])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--peft-seeds", type=int, default=3, help="at most so many of them for huggingface/peft's")
+    parser.add_argument(
+        "--peft-seeds", type=int, default=3, help="at most so many for huggingface/peft's, or 0"
+    )
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--limit", type=float, default=1.0, help="share of the training rows")
