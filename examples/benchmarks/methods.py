@@ -230,9 +230,7 @@ def main() -> None:
     parser.add_argument("--val", required=True)
     parser.add_argument("--methods", nargs="+", default=[n for n in registry.names()])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument(
-        "--peft-seeds", type=int, default=3, help="at most so many for huggingface/peft's, or 0"
-    )
+    parser.add_argument("--peft-seeds", type=int, default=3, help="at most so many for huggingface/peft's, or 0")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--limit", type=float, default=1.0, help="share of the training rows")
