@@ -160,7 +160,9 @@ class Stepper:
         kept: dict[int, Tensor] = {}
 
         def pack(t: Tensor) -> Tensor:
-            if t.untyped_storage().data_ptr() not in own:
+            if t.is_sparse:
+                pack(t._values()), pack(t._indices())  # private: of the public ones only coalesced tensors have any
+            elif t.untyped_storage().data_ptr() not in own:
                 kept[t.untyped_storage().data_ptr()] = t
             return t
 
