@@ -161,7 +161,8 @@ class Stepper:
 
         def pack(t: Tensor) -> Tensor:
             if t.is_sparse:
-                pack(t._values()), pack(t._indices())  # private: of the public ones only coalesced tensors have any
+                for part in (t._values(), t._indices()):  # private: the public ones want coalesced tensors
+                    pack(part)
             elif t.untyped_storage().data_ptr() not in own:
                 kept[t.untyped_storage().data_ptr()] = t
             return t
