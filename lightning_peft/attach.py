@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,6 +82,11 @@ def _shown_bias(host: Any) -> Tensor | None:
 
 def _unadapted(host: Any, x: Tensor) -> Tensor:
     return hosts.run(host, hosts.read(host), x)
+
+
+def accepts(module: Any) -> tuple[str, ...]:
+    """Names of the arguments of the module's own forward, in order."""
+    return tuple(inspect.signature(getattr(module, "unadapted", module.forward)).parameters)
 
 
 def is_adapted(module: nn.Module) -> bool:

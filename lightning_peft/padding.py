@@ -1,13 +1,12 @@
 """Which tokens of the present batch are padding, for adapters that measure or penalise what they see."""
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft import arch
 from lightning_peft.adapter import Adapter, Base
-from lightning_peft.attach import attach, modules
+from lightning_peft.attach import accepts, attach, modules
 
 
 class Padding:
@@ -39,7 +38,7 @@ def watch(model: nn.Module, tag: str) -> Padding:
     around = {p for block in arch.blocks(model) for p in ("", *arch.parents(block))}
     for name, module in list(modules(model)):
         if name in around:
-            takes = list(inspect.signature(getattr(module, "unadapted", module.forward)).parameters)
+            takes = accepts(module)
             if "attention_mask" in takes:
                 attach(module, tag, ReadPadding(takes.index("attention_mask"), padding))
     return padding

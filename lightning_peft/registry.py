@@ -123,7 +123,7 @@ def describe(name: str) -> Info:
     except (OSError, SyntaxError, ImportError, ValueError) as cause:  # ValueError: no text in UTF-8
         return Info(**info, problem=f"{type(cause).__name__}: {cause}")
     summary = (ast.get_docstring(module) or ast.get_docstring(cls) or "").strip().split("\n")[0]
-    traits, fields = _with_bases(home, module, cls)
+    traits, fields = _with_bases(home, cls)
     return Info(**info, summary=summary, doc=ast.get_docstring(cls) or "", traits=traits, fields=fields)
 
 
@@ -157,14 +157,15 @@ def _spec(module: str) -> importlib.machinery.ModuleSpec:
     return spec
 
 
-def _with_bases(home: str, _: ast.Module, cls: ast.ClassDef) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+def _with_bases(home: str, cls: ast.ClassDef) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
     """Traits and fields of a class, what it inherits included, as far as its bases are named by plain imports."""
     traits: dict[str, Any] = {}
     fields: dict[str, tuple[str, str]] = {}
     for base in cls.bases:
         if isinstance(base, ast.Name) and base.id != "Method":
             with contextlib.suppress(ImportError, OSError):  # typing.Generic and the like
-                more = _with_bases(*_find_class(home, base.id))
+                where, _, inherited = _find_class(home, base.id)
+                more = _with_bases(where, inherited)
                 traits, fields = more[0] | traits, more[1] | fields
     own = _read(cls)
     return own[0] or traits, fields | own[1]

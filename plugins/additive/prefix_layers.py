@@ -9,7 +9,7 @@ from lightning_peft_plugins.additive.sublayers import sublayers
 from torch import Tensor, nn
 
 from lightning_peft import Adapter, Base
-from lightning_peft.attach import modules
+from lightning_peft.attach import accepts, modules
 
 MASKS = ("attention_mask", "mask")
 
@@ -35,7 +35,7 @@ class InLayer(Adapter, abc.ABC):
 
     def __init__(self, host: Any, num_tokens: int) -> None:
         super().__init__()
-        self.names, self.layer, self.num_tokens = soft.accepts(host), host.layer_idx, num_tokens
+        self.names, self.layer, self.num_tokens = accepts(host), host.layer_idx, num_tokens
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -80,7 +80,7 @@ def both_ways(model: nn.Module, by: str) -> tuple[list[Any], set[nn.Module]]:
 
     What does not say whether it is causal is not among them.
     """
-    if not any({"inputs_embeds", "attention_mask"} <= set(soft.accepts(m)) for _, m in modules(model)):
+    if not any({"inputs_embeds", "attention_mask"} <= set(accepts(m)) for _, m in modules(model)):
         return [], set() if causal(model) else set(model.modules())  # images have no mask
     encoder, decoder = soft.stacks(model, by)
     if encoder is not decoder:

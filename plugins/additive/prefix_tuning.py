@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Base, Method, Traits, attach, hf
+from lightning_peft.attach import accepts
 
 INITS = ("normal", "zero")
 HF_FIELDS = (*soft.HF_FIELDS, "prefix_projection", "encoder_hidden_size", "init_weights")
@@ -178,7 +179,7 @@ class PrefixTuning(Method):
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         encoder, host = soft.stacks(model, self.name)
-        if not {"cache", "past_key_values"} & set(soft.accepts(host)):
+        if not {"cache", "past_key_values"} & set(accepts(host)):
             raise ValueError(
                 f"{self.name}: {type(host).__name__} takes no cache of keys and values, so none can be put before its "
                 "own; prompt_tuning works on it"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Adapter, Base, Method, Traits, attach, hf
+from lightning_peft.attach import accepts
 
 INITS = ("vocab", "uniform", "normal")
 HF_FIELDS = (*soft.HF_FIELDS, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
@@ -68,7 +69,7 @@ class ReadsPrompt(Adapter):
 
     def __init__(self, host: Any, num_tokens: int) -> None:
         super().__init__()
-        self.names, self.num_tokens = soft.accepts(host), num_tokens
+        self.names, self.num_tokens = accepts(host), num_tokens
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs

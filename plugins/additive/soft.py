@@ -1,7 +1,6 @@
 """What soft prompts share: the transformer they act on, and its call with more positions in front of the text."""
 
 import abc
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,17 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Adapter, Base
-from lightning_peft.attach import attached, modules
+from lightning_peft.attach import accepts, attached, modules
 from lightning_peft.config import record_of
 from lightning_peft.hf_heads import task_type
 
 LM_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 HF_FIELDS = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
-
-
-def accepts(module: Any) -> tuple[str, ...]:
-    """Names of the arguments of the module's own forward, in order."""
-    return tuple(inspect.signature(getattr(module, "unadapted", module.forward)).parameters)
 
 
 class SoftPrompt(Adapter, abc.ABC):

@@ -15,6 +15,7 @@ from lightning_peft_plugins.reparameterized.lora import LoRA, LowRank
 from torch import Tensor, nn
 
 from lightning_peft import Adapter, Base, Method, Traits, attach, hosts, parts
+from lightning_peft.attach import accepts
 from lightning_peft.find import exact, nearest
 
 PARTS = ("lora", "prefix", "adapter")
@@ -80,7 +81,7 @@ class Watch(Adapter):
 
     def __init__(self, host: Any, slot: Slot) -> None:
         super().__init__()
-        self.names, self.slot = soft.accepts(host), slot
+        self.names, self.slot = accepts(host), slot
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         mask: Any = (dict(zip(self.names, args, strict=False)) | kwargs).get("attention_mask")

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_peft_plugins.additive import soft
 from lightning_peft_plugins.lifecycle.density import Mask, Watcher
 from torch import Tensor, nn
 
 from lightning_peft import Base, arch, attach, find, parts
-from lightning_peft.attach import adapters, modules
+from lightning_peft.attach import accepts, adapters, modules
 from lightning_peft.find import exact
 
 PLACES = ("auto", "activation", "product")
@@ -95,7 +94,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 def masks(model: nn.Module, name: str) -> dict[str, Mask]:
     """Name of each innermost module that takes token embeddings and an attention_mask -> its new ``Mask``."""
-    taking = {n: m for n, m in modules(model) if {"inputs_embeds", "attention_mask"} <= set(soft.accepts(m))}
+    taking = {n: m for n, m in modules(model) if {"inputs_embeds", "attention_mask"} <= set(accepts(m))}
     inner = [n for n in taking if not any(o != n and (not n or o.startswith(f"{n}.")) for o in taking)]
     if not inner:
         raise ValueError(

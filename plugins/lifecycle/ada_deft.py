@@ -81,14 +81,6 @@ class AdaDEFT(DEFT):
         merge=True,
     )
     name: str = "ada_deft"
-    weight: float = 1.0
-    eps: float = 1e-7
-    warmup: float = 0.0
-    observe: str = "auto"
-    threshold: float = 1e-3
-    count_padding: bool = True
-    targets: tuple[str, ...] = ()
-    layers: str = ""
     tau: float = 0.1
     drop: int = 0
     cut: bool = True

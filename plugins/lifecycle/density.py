@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning_peft_plugins.additive import soft
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_peft import Adapter, Base
+from lightning_peft.attach import accepts
 
 Act = Callable[[Tensor], Tensor]
 QUANTITIES = ("soft", "hard", "above")
@@ -80,7 +80,7 @@ class Mask(Adapter):
 
     def __init__(self, host: Any) -> None:
         super().__init__()
-        self.names = soft.accepts(host)
+        self.names = accepts(host)
         self.mask: Tensor | None = None
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:

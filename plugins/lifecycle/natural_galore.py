@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 import torch
 from lightning_peft_plugins.lifecycle import projected, projectors
+from lightning_peft_plugins.lifecycle.galore import GaLore
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lightning_peft import Method, Step, Traits, hosts
+from lightning_peft import Step, Traits, hosts
 
 HISTORY, GRAM, COSINE = (projectors.OURS + n for n in ("history", "gram", "cosine"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaturalGaLore(Method):
+class NaturalGaLore(GaLore):
     """GaLore with (lambda I + sum of g g^T)^-1 g for each projected gradient g; the sum over the last ``history``.
 
     It is computed as a sum of the kept gradients themselves, G c with (lambda I + G^T G) c the last unit vector, which
@@ -38,22 +38,12 @@ class NaturalGaLore(Method):
         quantized=False,
     )
     name: str = "natural_galore"
-    r: int = 8
-    update_proj_gap: int = 200
-    scale: float = 0.25
-    proj_type: str = "std"
-    svd: str = "full"
-    on_refresh: str = "keep"
     history: int = 20
     damping: float = 1e-3
     damping_mode: str = "relative"
-    targets: tuple[str, ...] = ("all-linear",)
-    exclude: tuple[str, ...] = ()
-    layers: str = ""
-    rest: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        projectors.check(self)
+        super().__post_init__()
         if self.history < 1 or self.damping <= 0:
             raise ValueError(f"history is at least 1 and damping positive, got {self.history} and {self.damping}")
         if self.damping_mode not in ("relative", "absolute"):
@@ -71,9 +61,6 @@ class NaturalGaLore(Method):
                     stacklevel=2,
                 )
                 return
-
-    def wrap_optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
-        return projected.claim(self, optimizer, model)
 
     def before_step(self, model: nn.Module, step: Step) -> None:
         def refresh(G: Tensor, state: projectors.State) -> None:
@@ -103,7 +90,7 @@ class NaturalGaLore(Method):
         return natural.view_as(R)
 
     def report(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        return projected.told(self, model, kept_gradient="kept", cosine_to_gradient="cosine")
+        return super().report(model) | projected.told(self, model, cosine_to_gradient="cosine")
 
 
 def _last(t: Tensor, n: int) -> Tensor:

@@ -1,13 +1,14 @@
 """What layers see of the data: the main directions of their inputs by incremental PCA, padding left out."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from lightning_peft_plugins.reparameterized.pissa import principal
 from torch import Tensor, nn
+
+from lightning_peft.attach import accepts
 
 SEEN = 1e-5  # of the largest singular value: directions below it are rounding
 
@@ -62,7 +63,7 @@ class Watch:
         modes, handles = [(m, m.training) for m in model.modules()], []
         model.eval()
         for name, module in model.named_modules():
-            names = list(inspect.signature(module.forward).parameters)
+            names = accepts(module)
             if "attention_mask" in names:
                 handles.append(module.register_forward_pre_hook(self._opens(names), with_kwargs=True))
                 handles.append(module.register_forward_hook(self._closes, always_call=True))
@@ -76,7 +77,7 @@ class Watch:
             for module, mode in modes:
                 module.training = mode
 
-    def _opens(self, names: list[str]) -> Callable[..., None]:
+    def _opens(self, names: tuple[str, ...]) -> Callable[..., None]:
         return lambda module, args, kwargs: self.open.append(dict(zip(names, args, strict=False)) | kwargs)
 
     def _closes(self, *_: Any) -> None:
