@@ -16,7 +16,7 @@ import lightning_peft as lp
 from lightning_peft import hf, hosts
 from tests import test_hf
 from tests.nets import llama
-from tests.test_lora import F64, HOSTS, One, adapter_of, close, inputs
+from tests.test_lora import F64, HOSTS, One, adapter_of, close, inputs, same_as_dense
 
 KINDS = ["Linear", "Linear, no bias", "Conv1D"]  # 10 x 6, 6 x 10, 10 x 6
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -90,16 +90,7 @@ def test_forward_weight_and_merge_are_the_dense_map(variant: str, kind: str) -> 
     with torch.no_grad():
         matrix = hosts.read(reference)
         hosts.write(reference, matrix + dense(variant, matrix, a.D))
-        want, fast = reference(x), model(x)
-        assert (want - layer.unadapted(x)).abs().max() > 0.1
-        close(fast, want)
-        close(lp.WeightAdapter.forward(a, lp.Base(layer), x), want)
-        before = layer.weight.clone()
-        merged = lp.merge(model)
-        close(layer.weight, reference.weight)
-        close(model(x), want)
-        merged.undo()
-        assert torch.equal(layer.weight, before) and torch.equal(model(x), fast)
+    same_as_dense(model, layer, a, reference, x)
 
 
 @pytest.mark.parametrize("size", [(8, 12), (320, 256)])  # the larger weight is built twice, not kept for backward

@@ -105,6 +105,21 @@ def close(got: Tensor, want: Tensor, atol: float = 1e-10) -> None:
     torch.testing.assert_close(got, want, atol=atol, rtol=0)
 
 
+@torch.no_grad()
+def same_as_dense(model: nn.Module, layer: Any, adapter: Any, reference: nn.Module, x: Tensor) -> None:
+    """The adapted ``layer`` in ``model`` is ``reference`` by its forward, its definition and merged; undone bitwise."""
+    want, fast = reference(x), model(x)
+    assert (want - layer.unadapted(x)).abs().max() > 0.1
+    close(fast, want)
+    close(lp.WeightAdapter.forward(adapter, lp.Base(layer), x), want)
+    before = layer.weight.clone()
+    merged = lp.merge(model)
+    close(layer.weight, reference.weight)
+    close(model(x), want)
+    merged.undo()
+    assert torch.equal(layer.weight, before) and torch.equal(model(x), fast)
+
+
 @pytest.mark.parametrize("kind", HOSTS)
 def test_1_the_start_is_the_base_bit_for_bit(kind: str) -> None:
     layer = HOSTS[kind]()

@@ -17,7 +17,7 @@ import lightning_peft as lp
 from lightning_peft import hf, hosts
 from tests import test_hf
 from tests.nets import llama
-from tests.test_lora import F64, HOSTS, One, adapter_of, close, inputs
+from tests.test_lora import F64, HOSTS, One, adapter_of, close, inputs, same_as_dense
 
 KINDS = ["Linear", "Linear, no bias", "Conv1D"]
 
@@ -53,16 +53,7 @@ def test_1_forward_weight_and_merge_are_the_dense_map(kind: str) -> None:
     with torch.no_grad():
         change = 3.0 / 4 * (a.B @ a.A - a.B0 @ a.A0)
         hosts.write(reference, hosts.read(reference) + change)
-        want, fast = reference(x), model(x)
-        assert (want - layer.unadapted(x)).abs().max() > 0.1
-        close(fast, want)
-        close(lp.WeightAdapter.forward(a, lp.Base(layer), x), want)
-        before = layer.weight.clone()
-        merged = lp.merge(model)
-        close(layer.weight, reference.weight)
-        close(model(x), want)
-        merged.undo()
-        assert torch.equal(layer.weight, before) and torch.equal(model(x), fast)
+    same_as_dense(model, layer, a, reference, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)

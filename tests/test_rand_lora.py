@@ -17,7 +17,7 @@ import lightning_peft as lp
 from lightning_peft import hf, hosts
 from tests import in_peft, test_hf
 from tests.nets import llama
-from tests.test_lora import F64, HOSTS, One, adapter_of, close, inputs
+from tests.test_lora import F64, HOSTS, One, adapter_of, close, inputs, same_as_dense
 from tests.test_vera import Two, fill
 
 MORE = {"Linear, square": lambda: nn.Linear(8, 8)}
@@ -91,16 +91,7 @@ def test_forward_weight_and_merge_are_the_dense_map(kind: str, r: int) -> None:
     with torch.no_grad():
         W = hosts.read(reference)
         hosts.write(reference, W + change(a, W))
-        want, fast = reference(x), model(x)
-        assert (want - layer.unadapted(x)).abs().max() > 0.1
-        close(fast, want)
-        close(lp.WeightAdapter.forward(a, lp.Base(layer), x), want)
-        before = layer.weight.clone()
-        merged = lp.merge(model)
-        close(layer.weight, reference.weight)
-        close(model(x), want)
-        merged.undo()
-        assert torch.equal(layer.weight, before) and torch.equal(model(x), fast)
+    same_as_dense(model, layer, a, reference, x)
 
 
 @pytest.mark.parametrize("r", RANKS)
