@@ -10,18 +10,15 @@ The step time is a fit's median, so compare it on a quiet machine only; methods.
 
 import argparse
 import json
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from rich.console import Console
+from measure import QUIET, show, silence
 
 from lightning_peft import PEFT, registry
 from lightning_peft.data import InstructionData
@@ -29,7 +26,6 @@ from lightning_peft.models import CausalLM
 
 RATES = {"full": 1e-3}
 RATE = 3e-3  # of all others, unless --rates names them
-QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 class Clock(Callback):
@@ -97,14 +93,8 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--out", type=Path, help="write the table here")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with options.out.open("w") if options.out else nullcontext() as out:
-        for line in lines(options):
-            Console().print(line, highlight=False, soft_wrap=True)
-            if out:
-                print(line, file=out, flush=True)
+    silence()
+    show(lines(options), options.out)
 
 
 if __name__ == "__main__":

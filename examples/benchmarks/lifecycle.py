@@ -11,10 +11,8 @@ alike; densities of MLP activations in evaluation (soft, and larger than 1e-3); 
 """
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning_peft_plugins.lifecycle.deft import DEFT
-from rich.console import Console
+from measure import QUIET, show, silence
 from torch import Tensor, nn
 
 from lightning_peft import PEFT, Method, registry
@@ -34,7 +32,6 @@ from lightning_peft.models.source import MINILM
 
 HEAD = ("*classifier*",)
 WATCH = DEFT(name="watch", weight=0.0)  # only measures
-QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def methods(name: str, steps: int = 100) -> list[Method]:
@@ -183,14 +180,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="pairs of steps for the ratios")
     parser.add_argument("--out", type=Path, help="write the table here")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_peft"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    with options.out.open("w") if options.out else nullcontext() as out:
-        for line in lines(options):
-            Console().print(line, highlight=False, soft_wrap=True)
-            if out:
-                print(line, file=out, flush=True)
+    silence()
+    show(lines(options), options.out)
 
 
 if __name__ == "__main__":

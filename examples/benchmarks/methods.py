@@ -11,22 +11,19 @@ to LoRA's, so that a noisy machine slows all alike. Every line is written as soo
 
 import argparse
 import json
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import transformers
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning_peft_plugins.reparameterized.ba_lora_loss import BALoRALoss
+from measure import QUIET, kept_for_backward, show, silence
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -101,7 +98,6 @@ def accuracy(entry: Entry, options: argparse.Namespace, seed: int) -> float:
     )
     kind = TextClassifier if entry.by == "ours" else type("Peft", (Peft,), {"method": entry.method})
     model = kind(MINILM, learning_rate=entry.learning_rate)
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         max_epochs=options.epochs,
         limit_train_batches=options.limit,
@@ -110,10 +106,10 @@ def accuracy(entry: Entry, options: argparse.Namespace, seed: int) -> float:
         enable_checkpointing=False,
         limit_val_batches=0,
         callbacks=entry.callbacks(),
-        **quiet,
+        **QUIET,
     )
     trainer.fit(model, data)
-    checker = Trainer(accelerator="cpu", enable_checkpointing=False, precision=options.precision, **quiet)
+    checker = Trainer(accelerator="cpu", enable_checkpointing=False, precision=options.precision, **QUIET)
     return float(checker.validate(model, data, verbose=False)[0]["val_accuracy"])
 
 
@@ -154,25 +150,6 @@ class Stepper:
         self.optimizer.zero_grad()
         self.seconds.append(time.perf_counter() - began)
 
-    def saved(self) -> int:
-        """Bytes of tensors that one forward keeps for its backward, weights not counted, storages counted once."""
-        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
-        kept: dict[int, Tensor] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            if t.is_sparse:
-                for part in (t._values(), t._indices()):  # private: the public ones want coalesced tensors
-                    pack(part)
-            elif t.untyped_storage().data_ptr() not in own:
-                kept[t.untyped_storage().data_ptr()] = t
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = self.model(**self.batch).loss
-        size = sum(t.untyped_storage().nbytes() for t in kept.values())
-        del loss
-        return size
-
 
 def stepper(entry: Entry, batch: dict[str, Tensor]) -> Stepper | None:
     """None, and a line that says why, where huggingface/peft computes something else of a classifier."""
@@ -211,7 +188,7 @@ def lines(options: argparse.Namespace) -> Iterator[str]:
     ids = torch.randint(1000, 20000, (32, 32), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
     steppers = [s for entry in chosen if (s := stepper(entry, batch)) is not None]
-    saved = [s.saved() for s in steppers]
+    saved = [kept_for_backward(s.model, s.batch) for s in steppers]
     ratios = step_ratios(steppers, steppers[0], options.rounds)
     yield "| method | by | accuracy | trained | step / LoRA's | saved for backward | adapter |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -243,16 +220,8 @@ def main() -> None:
     parser.add_argument("--kwargs", type=json.loads, default={}, help="options of methods by name, as JSON")
     parser.add_argument("--out", type=Path, help="write the table here")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with options.out.open("w") if options.out else nullcontext() as out:
-        for line in lines(options):
-            Console().print(line, highlight=False, soft_wrap=True)
-            if out:
-                print(line, file=out, flush=True)
+    silence()
+    show(lines(options), options.out)
 
 
 if __name__ == "__main__":

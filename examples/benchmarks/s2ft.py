@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from lightning.pytorch import seed_everything
+from measure import kept_for_backward
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -76,22 +77,6 @@ class Stepper:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - began)
 
-    def kept(self) -> int:
-        """Bytes of storages that one forward keeps for its backward, weights left out."""
-        own = {t.untyped_storage().data_ptr() for t in (*self.model.parameters(), *self.model.buffers())}
-        held: dict[int, Tensor] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            if t.untyped_storage().data_ptr() not in own:
-                held[t.untyped_storage().data_ptr()] = t
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = self.model(**self.batch).loss
-        size = sum(t.untyped_storage().nbytes() for t in held.values())
-        del loss
-        return size
-
 
 def methods(base: nn.Module, d_ratio: float, o_ratio: float) -> dict[str, Method | None]:
     """S2FT, and LoRA of the rank at which it trains as many parameters."""
@@ -112,7 +97,7 @@ def methods(base: nn.Module, d_ratio: float, o_ratio: float) -> dict[str, Method
 def compare(title: str, base: nn.Module, batch: Batch, options: argparse.Namespace) -> Table:
     chosen = methods(base, options.d_ratio, options.o_ratio)
     steppers = {name: Stepper(base, batch, method, options.device) for name, method in chosen.items()}
-    kept = {name: s.kept() for name, s in steppers.items()}
+    kept = {name: kept_for_backward(s.model, s.batch) for name, s in steppers.items()}
     for _ in range(options.rounds + 2):  # the first two warm up
         for stepper in steppers.values():
             stepper.step()
