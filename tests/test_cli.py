@@ -356,6 +356,13 @@ def test_usage_and_version(capsys: Any) -> None:
     assert registry.names()
 
 
+def test_what_a_method_reports_is_listed_with_its_pictures(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "tiny.yaml", "--peft.methods", "AdaLoRA", "--trainer.max_epochs", "2"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^  adalora/alive +adalora_alive\.png +\d", told, re.M)
+    assert re.search(r"^  adapter +adapter +\d", told, re.M)
+
+
 @pytest.mark.slow
 def test_ctrl_c_says_where_the_last_checkpoint_is(place: Path) -> None:
     args = [*COMMAND, "fit", "--config", "tiny.yaml", "--trainer.max_epochs", "100000"]

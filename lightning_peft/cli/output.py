@@ -173,7 +173,8 @@ def _written(trainer: Trainer, callback: PEFT, run: Run, best: str) -> list[str]
         rows.append(("metrics", metrics, runs.size(metrics), "by step and epoch"))
     paths = [str(p.relative_to(run.folder)) if p.is_relative_to(run.folder) else runs.short(p) for _, p, _, _ in rows]
     width = max(map(len, paths), default=0)
-    return [f"  {r[0]:<11}{p:<{width}}  {r[2]:>8}  {r[3]}" for r, p in zip(rows, paths, strict=True)]
+    name = max([10, *(len(r[0]) for r in rows)])  # what methods report may have longer names
+    return [f"  {r[0]:<{name}} {p:<{width}}  {r[2]:>8}  {r[3]}" for r, p in zip(rows, paths, strict=True)]
 
 
 def _proof(path: Path) -> str:
