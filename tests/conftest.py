@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # else Lightning sets the number of threads, for all tests that follow
 
 import lightning as L
 import pytest
