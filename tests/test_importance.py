@@ -112,8 +112,16 @@ def test_padding_is_that_of_the_part_which_runs() -> None:
     held = padding.watch(model, "padding")
     ids = torch.tensor([[5, 6, 7], [5, 6, 0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    seen: list[Any] = []
+    model.bert.encoder.layer[0].register_forward_pre_hook(
+        lambda _, args: seen.append((held.mask, held.of(args[0]), held.of(args[0].flatten(0, 1)), held.of(ids[:, 0])))
+    )
     model(ids, mask)  # by position; BERT's encoder gets one of four dimensions
-    assert held.mask is mask
+    assert seen[0][0] is mask and seen[0][1] is mask and seen[0][3] is None
+    assert seen[0][2].tolist() == mask.flatten().tolist()
     model(input_ids=ids)
-    assert held.mask is None
+    assert seen[1] == (None, None, None, None)
+    with pytest.raises(IndexError):
+        model(ids + 10**6, mask)
+    assert not held.calls and held.mask is None  # also after a call that failed
     assert [n for n, _, _ in lp.adapters(model, "padding")] == ["", "bert", "bert.encoder"]

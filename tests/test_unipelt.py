@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_peft_plugins.additive.bottleneck import Bottleneck, Slot
+from lightning_peft_plugins.additive.bottleneck import Bottleneck
 from lightning_peft_plugins.additive.pfeiffer_adapter import PfeifferAdapter
 from lightning_peft_plugins.additive.prefix_tuning import NetworkPrefix, Prefix, PrefixTuning
 from lightning_peft_plugins.hybrid.unipelt import Gate, GatedLoRA, PrefixGate, UniPELT, Watch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel, OPTConfig, OPTModel
 
 import lightning_peft as lp
+from lightning_peft.padding import Padding
 from tests.soft_prompts import CAUSAL, P, close, generated, greedy, ids, lively, padded
 from tests.zoo import bases as zoo
 
@@ -109,19 +110,19 @@ def test_2_open_gates_are_the_plain_parts(make: Any) -> None:
 
 def test_3_a_gate_by_hand() -> None:
     x, mask = torch.tensor([[[2.0, 0.0], [1.0, 1.0], [-4.0, 0.0]]]), torch.tensor([[1, 1, 0]])
-    slot = Slot()
-    gate = Gate(2, "masked", slot).eval()
+    padding = Padding()
+    gate = Gate(2, "masked", padding).eval()
     with torch.no_grad():
         gate.c.zero_()
         gate.g.copy_(torch.tensor([1.0, -1.0]))  # type: ignore[union-attr]
     assert gate(x).shape == (1, 1, 1) and gate(x).item() == pytest.approx(0.4663, abs=1e-4)
-    slot.seen = mask
+    padding.calls.append({"attention_mask": mask})
     assert gate(x).item() == pytest.approx(0.6904, abs=1e-4)
     gate.mean = "all"
     assert gate(x).item() == pytest.approx(0.4663, abs=1e-4)
     gate.mean = "token"
     close(gate(x)[0, :, 0], torch.tensor([0.8808, 0.5, 0.0180]), atol=1e-4)
-    single = Gate(0, "token", slot)
+    single = Gate(0, "token", padding)
     assert single(x).item() == 0.5 and gate(torch.zeros(2, 3, 2)).shape == (2, 3, 1)
 
 

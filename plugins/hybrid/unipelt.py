@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning_peft_plugins.additive import bottleneck_places, prefix_layers, soft
-from lightning_peft_plugins.additive.bottleneck import Behind, BehindNorm, Slot
+from lightning_peft_plugins.additive.bottleneck import Behind, BehindNorm
 from lightning_peft_plugins.additive.pfeiffer_adapter import PfeifferAdapter
 from lightning_peft_plugins.additive.prefix_tuning import PrefixTuning
 from lightning_peft_plugins.hybrid.composite import Composite, check_distinct
@@ -15,8 +15,8 @@ from lightning_peft_plugins.reparameterized.lora import LoRA, LowRank
 from torch import Tensor, nn
 
 from lightning_peft import Adapter, Base, Method, Traits, attach, hosts, parts
-from lightning_peft.attach import accepts
 from lightning_peft.find import exact, nearest
+from lightning_peft.padding import Padding, ReadPadding
 
 PARTS = ("lora", "prefix", "adapter")
 MEANS = ("auto", "masked", "all", "token")
@@ -27,19 +27,19 @@ class Gate(nn.Module):
 
     Args:
         width: of the inputs; 0: one number that no input moves.
-        mean: "masked": over the positions that the mask in the slot names; "all": over all; "token": none.
-        slot: where a ``Watch`` puts the mask.
+        mean: "masked": over the positions that are no padding; "all": over all; "token": none.
+        padding: where a ``Watch`` tells of it.
         std: of g at start, with c = 0; 0: both as nn.Linear starts.
     """
 
     opening: Tensor
 
-    def __init__(self, width: int, mean: str, slot: Slot, std: float = 0.0) -> None:
+    def __init__(self, width: int, mean: str, padding: Padding, std: float = 0.0) -> None:
         super().__init__()
         self.g = nn.Parameter(torch.empty(width)) if width else None
         self.c = nn.Parameter(torch.empty(1))
         self.register_buffer("opening", torch.empty(1), persistent=False)  # mean in the last batch, for ``report``
-        self.mean, self.slot, self.std = mean, slot, std
+        self.mean, self.padding, self.std = mean, padding, std
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,7 +65,7 @@ class Gate(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """1 for the positions that count in an example's mean, else 0."""
-        mask = self.slot.seen if self.mean == "masked" else None
+        mask = self.padding.mask if self.mean == "masked" else None
         if mask is None:
             return x.new_ones(x.shape[:2])
         if x.dim() != 3 or mask.shape != x.shape[:2]:
@@ -76,23 +76,15 @@ class Gate(nn.Module):
         return mask != 0
 
 
-class Watch(Adapter):
-    """On a transformer: puts the text's mask (batch, positions) in the slot for the gates below."""
-
-    def __init__(self, host: Any, slot: Slot) -> None:
-        super().__init__()
-        self.names, self.slot = accepts(host), slot
+class Watch(ReadPadding):
+    """On a transformer: tells the gates below of the text's padding (batch, positions)."""
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        mask: Any = (dict(zip(self.names, args, strict=False)) | kwargs).get("attention_mask")
-        if mask is not None and torch.is_grad_enabled() and getattr(base.host, "gradient_checkpointing", False):
+        masked = (dict(zip(self.names, args, strict=False)) | kwargs).get("attention_mask") is not None
+        if masked and torch.is_grad_enabled() and getattr(base.host, "gradient_checkpointing", False):
             raise ValueError("under gradient checkpointing layers run again when the mask is gone, so unipelt's gates "
                              "cannot take a mean without padding: set gate_mean='token' or 'all'")  # fmt: skip
-        self.slot.seen = mask
-        try:
-            return base(*args, **kwargs)
-        finally:
-            self.slot.seen = None
+        return super().forward(base, *args, **kwargs)
 
 
 class Gated(Adapter, abc.ABC):
@@ -203,7 +195,7 @@ class UniPELT(Composite):
         return held
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
-        slot, (watched, open_to_all) = Slot(), prefix_layers.both_ways(model, self.name)
+        padding, (watched, open_to_all) = Padding(), prefix_layers.both_ways(model, self.name)
 
         def gate(host: Any, width: int, std: float = 0.0) -> Gate:
             mean = "masked" if self.gate_mean == "auto" and host in open_to_all else self.gate_mean
@@ -213,14 +205,14 @@ class UniPELT(Composite):
                     f"and a mean over positions would tell earlier ones of later ones: gate_mean={mean!r} does not "
                     "fit, 'auto' and 'token' do"
                 )
-            return Gate(width, "token" if mean == "auto" else mean, slot, std)
+            return Gate(width, "token" if mean == "auto" else mean, padding, std)
 
         for field, part in self._parts(model).items():
             put = {"lora": put_lora, "prefix": put_prefix, "adapter": put_adapter}[field]
             put(model, part, self.name, gate) if field in self.gated else part.inject(model)
         if any(g.mean == "masked" for g in model.modules() if isinstance(g, Gate)):
             for host in watched:  # last, so that it sees the mask before the prefix lengthens it
-                attach(host, self.name, Watch(host, slot))
+                attach(host, self.name, Watch(host, padding))
 
     def report(self, model: nn.Module) -> dict[str, dict[str, float]]:
         out: dict[str, dict[str, float]] = {}

@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_peft_plugins.lifecycle.density import Mask, Watcher
+from lightning_peft_plugins.lifecycle.density import Watcher
 from torch import Tensor, nn
 
-from lightning_peft import Base, arch, attach, find, parts
+from lightning_peft import Base, arch, find, parts
 from lightning_peft.attach import accepts, adapters, modules
 from lightning_peft.find import exact
+from lightning_peft.padding import Padding, watch
 
 PLACES = ("auto", "activation", "product")
 _TORCH = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Sigmoid, nn.Tanh)
@@ -92,27 +93,14 @@ def _is_activation(module: nn.Module) -> bool:
     return home or isinstance(module, _TORCH)
 
 
-def masks(model: nn.Module, name: str) -> dict[str, Mask]:
-    """Name of each innermost module that takes token embeddings and an attention_mask -> its new ``Mask``."""
-    taking = {n: m for n, m in modules(model) if {"inputs_embeds", "attention_mask"} <= set(accepts(m))}
-    inner = [n for n in taking if not any(o != n and (not n or o.startswith(f"{n}.")) for o in taking)]
-    if not inner:
+def padding(model: nn.Module, name: str) -> Padding:
+    """What tells the padding of activations in ``model``, read by adapters of that name."""
+    if not any({"inputs_embeds", "attention_mask"} <= set(accepts(m)) for _, m in modules(model)):
         raise ValueError(
             f"{name}: count_padding=False needs a module that takes inputs_embeds and an attention_mask, and this "
             f"{type(model).__name__} has none: without padding leave count_padding=True"
         )
-    held = {n: Mask(taking[n]) for n in inner}
-    for n, mask in held.items():
-        attach(taking[n], name, mask)
-    return held
-
-
-def around(held: dict[str, Mask], name: str) -> Mask:
-    """The mask of the module around ``name``."""
-    found = [n for n in held if not n or name.startswith(f"{n}.")]
-    if not found:
-        raise ValueError(f"{name!r} lies in no module that takes an attention_mask: leave count_padding=True")
-    return held[max(found, key=len)]
+    return watch(model, name)
 
 
 def watchers(model: nn.Module, name: str) -> dict[str, Watcher]:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from lightning_peft_plugins.lifecycle.activations import Place, Watch
 from lightning_peft_plugins.lifecycle.deft import DEFT
-from lightning_peft_plugins.lifecycle.density import Mask, Watcher
+from lightning_peft_plugins.lifecycle.density import Watcher
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_peft import Base, Traits, WeightAdapter, attach, parts, surgery
 from lightning_peft.attach import adapters
+from lightning_peft.padding import Padding
 
 _NORM_BEHIND = re.compile(r"post_(feedforward|mlp|ffn)_?(layer)?norm")
 
@@ -52,6 +53,14 @@ class WatchingGate(Watcher, Gate):
     def forward(self, base: Base, x: Tensor) -> Tensor:
         self.see(x, x)
         return super().forward(base, x)
+
+
+class WatchBeside(Watch):
+    """On an activation function, for a gate on another module."""
+
+    def __init__(self, gate: Gate, *options: Any) -> None:
+        super().__init__(*options)
+        self.gate = (gate,)  # in a tuple, so that it is no child of this one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +108,17 @@ class AdaDEFT(DEFT):
                              "effect; use deft")  # fmt: skip
         super().inject(model)
 
-    def put(self, model: nn.Module, place: Place, mask: Mask | None) -> None:
-        gate = WatchingGate(*self.options(mask)) if place.at_input else Gate()
+    def put(self, model: nn.Module, place: Place, padding: Padding | None) -> None:
+        gate = WatchingGate(*self.options(padding)) if place.at_input else Gate()
         attach(model.get_submodule(place.down), self.name, gate)
         if not place.at_input:
-            watch = Watch(*self.options(mask))
-            watch.around["gate"] = gate
-            attach(place.host, self.name, watch)
+            attach(place.host, self.name, WatchBeside(gate, *self.options(padding)))
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         return [{"params": [g.w for g in gates(model, self.name).values()], "weight_decay": 0.0}]
 
     def weighted(self, watcher: Watcher, term: Tensor) -> Tensor:
-        gate: Any = watcher if isinstance(watcher, Gate) else watcher.around["gate"]
+        gate: Any = watcher.gate[0] if isinstance(watcher, WatchBeside) else watcher
         if isinstance(gate.w, DTensor):
             raise ValueError(f"{self.name}: its weights cannot be sharded; use one device or strategy='ddp'")
         return term * gate.w.abs().sum()

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from lightning_peft_plugins.lifecycle import activations
 from lightning_peft_plugins.lifecycle.activations import Place, Watch, WatchInput
-from lightning_peft_plugins.lifecycle.density import QUANTITIES, Mask, Watcher
+from lightning_peft_plugins.lifecycle.density import QUANTITIES, Watcher
 from torch import Tensor, nn
 
 from lightning_peft import Method, Step, Traits, attach
+from lightning_peft.padding import Padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +71,18 @@ class DEFT(Method):
 
     def inject(self, model: nn.Module, stats: None = None) -> None:
         found = activations.places(model, self.observe, self.targets, self.layers, self.name)
-        held = {} if self.count_padding else activations.masks(model, self.name)
+        padding = None if self.count_padding else activations.padding(model, self.name)
         for place in found:
-            mask = activations.around(held, place.name) if held else None
-            self.put(model, place, mask)
+            self.put(model, place, padding)
         device = next(model.parameters()).device  # an activation function has none
         for watcher in activations.watchers(model, self.name).values():
             watcher.to(device)
 
-    def put(self, model: nn.Module, place: Place, mask: Mask | None) -> None:
-        attach(place.host, self.name, (WatchInput if place.at_input else Watch)(*self.options(mask)))
+    def put(self, model: nn.Module, place: Place, padding: Padding | None) -> None:
+        attach(place.host, self.name, (WatchInput if place.at_input else Watch)(*self.options(padding)))
 
-    def options(self, mask: Mask | None) -> tuple[Any, ...]:
-        return self.eps, self.threshold, self.weight > 0, mask, 0.0 if self.warmup else 1.0
+    def options(self, padding: Padding | None) -> tuple[Any, ...]:
+        return self.eps, self.threshold, self.weight > 0, padding, 0.0 if self.warmup else 1.0
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         if not torch.is_grad_enabled():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightning_peft import Adapter, Base
-from lightning_peft.attach import accepts
+from lightning_peft import Adapter
+from lightning_peft.padding import Padding
 
 Act = Callable[[Tensor], Tensor]
 QUANTITIES = ("soft", "hard", "above")
@@ -73,39 +73,24 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-class Mask(Adapter):
-    """On a module that takes an attention_mask (B, T): remembers it for the activations below."""
+def real_tokens(mask: Tensor | None, a: Tensor) -> Tensor | None:
+    """(B, T), one over the number of real tokens of an example where one is, else 0; None without a mask.
 
-    watches = True
+    Positions of a (B, T, F) in front of the text (a soft prompt) are real, those in a cache are not among them.
 
-    def __init__(self, host: Any) -> None:
-        super().__init__()
-        self.names = accepts(host)
-        self.mask: Tensor | None = None
-
-    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        self.mask = (dict(zip(self.names, args, strict=False)) | kwargs).get("attention_mask")
-        return base(*args, **kwargs)
-
-    def weights(self, a: Tensor) -> Tensor | None:
-        """(B, T), one over the number of real tokens of an example where one is, else 0; None without a mask.
-
-        Positions in front of the text (a soft prompt) are real, those in a cache are not among a's.
-
-        Raises:
-            ValueError: a mask of another form.
-        """
-        mask = self.mask
-        if mask is None:
-            return None
-        if mask.dim() != 2 or a.dim() != 3 or len(a) != len(mask):
-            raise ValueError(
-                f"count_padding=False needs an attention_mask (batch, positions) and activations (batch, positions, "
-                f"channels), got {tuple(mask.shape)} and {tuple(a.shape)}"
-            )
-        real = nn.functional.pad((mask != 0).float(), (max(0, a.shape[1] - mask.shape[1]), 0), value=1.0)
-        real = real[:, real.shape[1] - a.shape[1] :]
-        return real / real.sum(1, keepdim=True).clamp(min=1)
+    Raises:
+        ValueError: a mask of another form.
+    """
+    if mask is None:
+        return None
+    if mask.dim() != 2 or a.dim() != 3 or len(a) != len(mask):
+        raise ValueError(
+            f"count_padding=False needs an attention_mask (batch, positions) and activations (batch, positions, "
+            f"channels), got {tuple(mask.shape)} and {tuple(a.shape)}"
+        )
+    real = nn.functional.pad((mask != 0).float(), (max(0, a.shape[1] - mask.shape[1]), 0), value=1.0)
+    real = real[:, real.shape[1] - a.shape[1] :]
+    return real / real.sum(1, keepdim=True).clamp(min=1)
 
 
 class Watcher(Adapter):
@@ -115,17 +100,17 @@ class Watcher(Adapter):
         eps: of the soft density.
         threshold: size from which on an entry counts as "above".
         loss: keep the soft density with its gradient until ``take``.
-        mask: whose padding does not count; with None all positions do.
+        padding: does not count; with None all positions do.
         warm: factor of the loss at the start, 1 without a warm-up.
     """
 
     watches = True
     factor: Tensor
 
-    def __init__(self, eps: float, threshold: float, loss: bool, mask: Mask | None, warm: float) -> None:
+    def __init__(self, eps: float, threshold: float, loss: bool, padding: Padding | None, warm: float) -> None:
         super().__init__()
         self.eps, self.threshold, self.loss, self.warm = eps, threshold, loss, warm
-        self.around: dict[str, Any] = {"mask": mask}  # in a dict, so that they are no children of this one
+        self.padding = padding
         self.register_buffer("factor", torch.tensor(warm), persistent=warm != 1)
         # Examples, and sums of each quantity over them: while training, in evaluation; now, and before ``take``.
         self.now, self.before = (torch.zeros(2, 1 + len(QUANTITIES), device="cpu") for _ in range(2))
@@ -151,8 +136,7 @@ class Watcher(Adapter):
     def see(self, a: Tensor, x: Tensor, act: Act | None = None) -> None:
         """Take in one call; ``a = act(x)``, or a is x."""
         again = in_backward()
-        mask = self.around["mask"]
-        weights = None if mask is None or again else mask.weights(a)
+        weights = None if self.padding is None or again else real_tokens(self.padding.mask, a)
         # Also in the second run of a checkpointed layer, which has to save what the first one did.
         term = soft_density(x, a, act, self.eps, weights)
         if again:

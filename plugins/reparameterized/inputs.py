@@ -8,7 +8,7 @@ import torch
 from lightning_peft_plugins.reparameterized.pissa import principal
 from torch import Tensor, nn
 
-from lightning_peft.attach import accepts
+from lightning_peft.padding import Padding, reading
 
 SEEN = 1e-5  # of the largest singular value: directions below it are rounding
 
@@ -53,35 +53,25 @@ class Watch:
     def __init__(self, ranks: dict[str, int], niter: int, rows: int, seed: int) -> None:
         self.ranks, self.niter, self.rows = ranks, niter, rows
         self.held: dict[str, Directions | None] = dict.fromkeys(ranks)
-        self.open: list[dict[str, Any]] = []  # arguments of the calls around, of those that know a mask
+        self.padding = Padding()
         self.generator = torch.Generator().manual_seed(seed)
         self.last: tuple[Any, ...] = (None, None, 0, None)
 
     @contextlib.contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """In evaluation mode, as the untouched base sees its inputs."""
-        modes, handles = [(m, m.training) for m in model.modules()], []
+        modes = [(m, m.training) for m in model.modules()]
         model.eval()
-        for name, module in model.named_modules():
-            names = accepts(module)
-            if "attention_mask" in names:
-                handles.append(module.register_forward_pre_hook(self._opens(names), with_kwargs=True))
-                handles.append(module.register_forward_hook(self._closes, always_call=True))
-            if name in self.ranks:
-                handles.append(module.register_forward_pre_hook(self._sees(name)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, mode in modes:
-                module.training = mode
-
-    def _opens(self, names: tuple[str, ...]) -> Callable[..., None]:
-        return lambda module, args, kwargs: self.open.append(dict(zip(names, args, strict=False)) | kwargs)
-
-    def _closes(self, *_: Any) -> None:
-        self.open.pop()
+        with reading(model) as self.padding:
+            layers = [(m, self._sees(n)) for n, m in model.named_modules() if n in self.ranks]
+            handles = [layer.register_forward_pre_hook(see) for layer, see in layers]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for module, mode in modes:
+                    module.training = mode
 
     def _sees(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -94,7 +84,7 @@ class Watch:
         return see
 
     def _with(self, old: Directions | None, x: Tensor, r: int) -> Directions | None:
-        mask = self._mask(x)
+        mask = self.padding.of(x)
         rows = (x if mask is None else x[mask.bool()]).reshape(-1, x.shape[-1])
         if len(rows) > self.rows:
             rows = rows[torch.randperm(len(rows), generator=self.generator)[: self.rows].to(x.device)]
@@ -103,20 +93,6 @@ class Watch:
         rows = rows.detach().float()
         mean = rows.mean(0, dtype=torch.float64)
         return join(old, len(rows), mean, rows - mean.float(), r, self.niter)
-
-    def _mask(self, x: Tensor) -> Tensor | None:
-        """The mask of tokens for the rows of x, from the nearest call around that has one of its shape."""
-        for call in reversed(self.open):
-            mask, states = call.get("attention_mask"), call.get("encoder_hidden_states")
-            if states is not None and x is states:
-                mask = call.get("encoder_attention_mask")
-            elif states is not None and mask is None:
-                return None  # a decoder's own tokens; the mask further out is the encoder's
-            if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == x.shape[:-1]:
-                return mask
-            if isinstance(mask, Tensor) and mask.dim() == 2 and (mask.numel(),) == x.shape[:-1]:
-                return mask.flatten()
-        return None
 
 
 def projector(summary: Directions | None, r: int, fan_in: int, seed: int) -> tuple[Tensor, int]:

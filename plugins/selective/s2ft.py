@@ -15,14 +15,13 @@ from lightning_peft_plugins.reparameterized.lora import LoRA
 from lightning_peft_plugins.selective import sparse
 from torch import Tensor, nn
 
-from lightning_peft import Method, Traits, adapters, attach, detach, find, hosts, inject, load, parts, quant, remove
+from lightning_peft import Method, Traits, attach, find, hosts, inject, load, parts, quant, remove
 from lightning_peft.find import exact, nearest
 from lightning_peft.inject import find_record
-from lightning_peft.padding import watch
+from lightning_peft.padding import Padding, reading
 from lightning_peft.slices import Change, Changes, Slice, extract
 
 BY_DATA = ("activation", "product", "gradient")
-WATCH = "s2ft_watch"
 SELECTIONS = ("random", "weight", *BY_DATA, "given")
 
 
@@ -156,26 +155,23 @@ def _squares(
 ) -> dict[str, Tensor]:
     """Layer -> (in,) sums over tokens, padding left out, of its squared inputs."""
     sums: dict[str, Any] = dict.fromkeys(layers, 0)
-    padding = watch(model, WATCH)
 
-    def summing(name: str) -> Callable[..., None]:
+    def summing(name: str, padding: Padding) -> Callable[..., None]:
         def add(module: nn.Module, args: Any) -> None:
-            x, mask = args[0].detach().float(), padding.mask
-            x = x.flatten(0, -2) if mask is None or mask.shape != x.shape[:-1] else x[mask.bool()]
+            x, mask = args[0].detach().float(), padding.of(args[0])
+            x = x.flatten(0, -2) if mask is None else x[mask.bool()]
             sums[name] = sums[name] + x.square().sum(0)
 
         return add
 
-    handles = [layer.register_forward_pre_hook(summing(name)) for name, layer in layers.items()]
-    try:
-        with sparse.looking(model, []), torch.no_grad():
+    with reading(model) as padding, sparse.looking(model, []), torch.no_grad():
+        handles = [layer.register_forward_pre_hook(summing(name, padding)) for name, layer in layers.items()]
+        try:
             for batch in batches:
                 loss(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for _, host, _ in list(adapters(model, WATCH)):
-            detach(host, WATCH)
+        finally:
+            for handle in handles:
+                handle.remove()
     if unseen := next((n for n, s in sums.items() if not isinstance(s, Tensor)), None):
         raise ValueError(f"over the batches to calibrate on {unseen!r} was never called: leave it out (exclude)")
     return sums
