@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import logging
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def heat_map(title: str, by_step: dict[int, dict[str, float]]) -> Any:
     grid = [[by_step[s].get(layer, float("nan")) for s in steps] for layer in layers]
     figure = Figure(figsize=(9, min(2 + 0.16 * len(layers), 40)), layout="constrained")
     axes = figure.subplots()
-    edges = [*steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)]
+    edges = [steps[0], *((a + b) / 2 for a, b in pairwise(steps)), max(steps[-1], steps[0] + 1)]
     mesh = axes.pcolormesh(edges, range(len(layers) + 1), grid, cmap="viridis")
     axes.set_yticks([i + 0.5 for i in range(len(layers))], layers, fontsize=6)
     axes.invert_yaxis()

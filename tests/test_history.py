@@ -94,7 +94,7 @@ def test_the_picture_has_a_cell_a_layer_and_step_and_leaves_out_what_is_not_ther
     assert values.shape == (2, 3) and values[:, :2].tolist() == [[4, 2], [4, 6]] and values[0, 2] == 1
     assert values.mask[1, 2] or values[1, 2] != values[1, 2]  # blank
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
-    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 10, 30, 50]
+    assert mesh.get_coordinates()[0, :, 0].tolist() == [0, 5, 20, 30]
 
 
 def test_a_resumed_fit_goes_on_with_what_was_seen_before(tmp_path: Path) -> None:
