@@ -1,6 +1,7 @@
 """Pretrain a small Llama on text of yours, as a base to try methods on where no model hub is reachable.
 
     python examples/pretrain_small_llama.py --out FOLDER --text input.txt ... [--steps 600]
+        [--activation silu]
 
 Trains a byte-pair tokenizer and a Llama (4 layers, hidden 192, grouped queries, gated MLP; 2.8 million parameters) from
 nothing, with lightning_peft.models.CausalLM. FOLDER is a plain transformers folder, tokenizer included, for
@@ -43,14 +44,15 @@ def text_of(path: Path) -> str:
     return "\n".join(strings(json.loads(text))) if path.suffix == ".json" else text
 
 
-def start(text: Path, folder: Path, vocabulary: int) -> None:
+def start(text: Path, folder: Path, vocabulary: int, activation: str) -> None:
     """Write a tokenizer trained on ``text``, and the config of a Llama for it."""
     bpe = ByteLevelBPETokenizer()
     bpe.train([str(text)], vocab_size=vocabulary, special_tokens=[END], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=END)
     tokenizer.save_pretrained(folder)
     end = int(tokenizer.convert_tokens_to_ids(END))  # pyright: ignore[reportArgumentType]
-    LlamaConfig(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end, **CONFIG).save_pretrained(folder)
+    LlamaConfig(vocab_size=len(tokenizer), eos_token_id=end, pad_token_id=end, hidden_act=activation,
+                **CONFIG).save_pretrained(folder)  # fmt: skip
 
 
 def main() -> None:
@@ -59,13 +61,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--activation", default="silu", help="of the MLPs' gates; relu makes exact zeros")
     parser.add_argument("--precision", default="32-true")
     options = parser.parse_args()
     seed_everything(0)
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
         text.write_text("\n".join(text_of(path) for path in options.text), encoding="utf-8")
-        start(text, options.out, options.vocabulary)
+        start(text, options.out, options.vocabulary, options.activation)
         folder = str(options.out)
         data = TextBlocks(folder, train=str(text), block_size=128, batch_size=16, val_fraction=0.02)
         model = CausalLM(folder, learning_rate=2e-3, weight_decay=0.1, pretrained=False, sample_prompts=["How many"])

@@ -4,8 +4,9 @@
     python examples/benchmarks/causal.py --model LLAMA --train gsm8k/train.jsonl --val gsm8k/dev.jsonl [--seeds 3]
         [--methods lora kasa] [--kwargs '{"kasa": {"r": 7}}'] [--limit 0.3] [--out TABLE.md]
 
-Give ranks with --kwargs so that all train as many parameters. "none" is the base as it is, "full" trains all of it.
-The step time is a fit's median, so compare it on a quiet machine only; methods.py times in turn.
+Give ranks with --kwargs so that all train as many parameters. "none" is the base as it is, "full" trains all of it,
+"lora+deft" is two methods in one list. The step time is a fit's median, so compare it on a quiet machine only;
+methods.py times in turn. Densities are of the MLPs' activations on the validation rows: not zero, and larger than 1e-3.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning_peft_plugins.lifecycle.deft import DEFT
 from measure import QUIET, show, silence
 
 from lightning_peft import PEFT, registry
@@ -26,6 +28,7 @@ from lightning_peft.models import CausalLM
 
 RATES = {"full": 1e-3}
 RATE = 3e-3  # of all others, unless --rates names them
+WATCH = DEFT(name="watch", weight=0.0)  # only measures
 
 
 class Clock(Callback):
@@ -45,8 +48,8 @@ class Clock(Callback):
         self.seconds.append(time.perf_counter() - self.began)
 
 
-def fit(name: str, options: argparse.Namespace, seed: int) -> tuple[float, Clock]:
-    """(validation loss a token of the answers, its clock) of one pass over the training rows."""
+def fit(name: str, options: argparse.Namespace, seed: int) -> tuple[float, Clock, tuple[float, float]]:
+    """(validation loss a token of the answers, its clock, its densities) of one pass over the training rows."""
     seed_everything(seed, verbose=False)
     data = InstructionData(
         options.model, train=options.train, val=options.val, prompt_column=options.prompt,
@@ -57,25 +60,35 @@ def fit(name: str, options: argparse.Namespace, seed: int) -> tuple[float, Clock
     clock = Clock()
     callbacks: list[Callback] = [clock]
     if name not in ("none", "full"):
-        callbacks.append(PEFT(registry.load(name)(**options.kwargs.get(name, {})), model="model", folder=None))
+        held = [registry.load(n)(**options.kwargs.get(n, {})) for n in name.split("+")]
+        callbacks.append(PEFT(held, model="model", folder=None))
     trainer = Trainer(max_epochs=1, limit_train_batches=options.limit, precision=options.precision, accelerator="cpu",
                       enable_checkpointing=False, limit_val_batches=0, callbacks=callbacks, **QUIET)  # fmt: skip
     if name != "none":
         trainer.fit(model, data)
+    model.configure_model()
+    WATCH.inject(model.model)
     checker = Trainer(accelerator="cpu", enable_checkpointing=False, precision=options.precision, **QUIET)
     with torch.no_grad():
-        return float(checker.validate(model, data, verbose=False)[0]["val_loss"]), clock
+        loss = float(checker.validate(model, data, verbose=False)[0]["val_loss"])
+    told = WATCH.report(model.model)
+    hard, above = (statistics.mean(told[q].values()) for q in ("eval_hard", "eval_above"))
+    return loss, clock, (hard, above)
 
 
 def lines(options: argparse.Namespace) -> Iterator[str]:
-    yield "| method | loss on answers | trained | s / step |"
-    yield "| --- | --- | --- | --- |"
+    yield "| method | loss on answers | trained | s / step | not 0 | > 1e-3 |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for name in options.methods:
         fits = [fit(name, options, seed) for seed in range(1, 1 + options.seeds)]
-        losses, clock = [loss for loss, _ in fits], fits[0][1]
+        losses, clock = [f[0] for f in fits], fits[0][1]
         spread = f" +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
         step = f"{statistics.median(clock.seconds):.3f}" if clock.seconds else "-"
-        yield f"| {name} | {statistics.mean(losses):.4f}{spread} | {clock.trained:,} | {step} |"
+        hard, above = (statistics.mean(density) for density in zip(*(f[2] for f in fits), strict=True))
+        yield (
+            f"| {name} | {statistics.mean(losses):.4f}{spread} | {clock.trained:,} | {step} | {hard:.3f} | "
+            f"{above:.3f} |"
+        )
 
 
 def main() -> None:
