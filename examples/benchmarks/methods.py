@@ -169,7 +169,9 @@ def stepper(entry: Entry, batch: dict[str, Tensor]) -> Stepper | None:
 
 
 def step_ratios(steppers: list[Stepper], reference: Stepper, rounds: int) -> list[float]:
-    """Median over rounds of each model's step over the reference's in the same round."""
+    """Median over rounds of each model's step over the reference's in the same round; no number without rounds."""
+    if not rounds:
+        return [float("nan")] * len(steppers)
     for _ in range(rounds + 1):  # the first warms up
         for each in steppers:
             each.step()
@@ -189,7 +191,8 @@ def entries(names: list[str], with_peft: bool, given: dict[str, dict[str, Any]])
 
 
 def lines(options: argparse.Namespace) -> Iterator[str]:
-    chosen = entries(["lora", *(n for n in options.methods if n != "lora")], options.peft, options.kwargs)
+    first = ["lora"] if options.rounds or "lora" in options.methods else []  # the one to compare with
+    chosen = entries([*first, *(n for n in options.methods if n != "lora")], options.peft, options.kwargs)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (32, 32), generator=generator)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
@@ -221,7 +224,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--limit", type=float, default=1.0, help="share of the training rows")
     parser.add_argument("--precision", default="32-true", help="of the fits; steps are timed in 32 bits")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each model for the times")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each model for the times, or 0")
     parser.add_argument("--peft", action="store_true", help="also huggingface/peft's version where it has the method")
     parser.add_argument("--kwargs", type=json.loads, default={}, help="options of methods by name, as JSON")
     parser.add_argument("--out", type=Path, help="write the table here")
