@@ -1,7 +1,7 @@
 """What lifecycle methods are for, measured against the same training without them, on sentences of yours.
 
     python examples/benchmarks/lifecycle.py --train sst2/train.tsv --val sst2/dev.tsv [--runs lora deft] [--seeds 3]
-        [--epochs 1] [--limit 1.0] [--precision 32-true] [--out TABLE.md]
+        [--epochs 1] [--limit 1.0] [--precision 32-true] [--out TABLE.md] [--rates '{"full": 2e-4}']
 
 Each run fine-tunes MiniLM on labelled sentences (tsv without a header: sentence, label). Columns: accuracy on --val;
 parameters that train at the end, without the head; of the base's parameters, what is left; a training step and an
@@ -11,6 +11,7 @@ alike; densities of MLP activations in evaluation (soft, and larger than 1e-3); 
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -34,11 +35,11 @@ HEAD = ("*classifier*",)
 WATCH = DEFT(name="watch", weight=0.0)  # only measures
 
 
-def methods(name: str, steps: int = 100) -> list[Method]:
+def methods(name: str, steps: int = 100, given: dict[str, dict[str, Any]] | None = None) -> list[Method]:
     """The methods of a run of so many steps by name; "full" trains the layers that GaLore does."""
 
     def make(method: str, **options: Any) -> Method:
-        return registry.load(method)(**options)
+        return registry.load(method)(**options | (given or {}).get(method, {}))
 
     runs: dict[str, Callable[[], list[Method]]] = {
         "full": lambda: [make("partial_tuning", targets=("all-linear",))],
@@ -73,9 +74,10 @@ class Run:
         seed_everything(seed, verbose=False)
         self.data = TextClassificationData(MINILM, train=options.train, val=options.val, columns=["text", "label"],
                                            max_length=64, batch_size=options.batch)  # fmt: skip
-        self.module = TextClassifier(MINILM, learning_rate=RATES.get(name, RATE))
+        self.module = TextClassifier(MINILM, learning_rate=options.rates.get(name, RATES.get(name, RATE)))
         rows = Path(options.train).read_text(encoding="utf-8").count("\n")
-        held = methods(name, int(rows // options.batch * options.limit) * options.epochs)
+        held = methods(name, int(rows // options.batch * options.limit) * options.epochs,
+                       options.kwargs)  # fmt: skip
         callbacks: list[Any] = [PEFT([*held, WATCH], model="model", train=HEAD, folder=None)] if held else []
         trainer = Trainer(max_epochs=options.epochs, limit_train_batches=options.limit, precision=options.precision,
                           accelerator="cpu", enable_checkpointing=False, limit_val_batches=0, callbacks=callbacks,
@@ -178,6 +180,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1.0, help="share of the training rows")
     parser.add_argument("--precision", default="32-true", help="of the fits")
     parser.add_argument("--rounds", type=int, default=7, help="pairs of steps for the ratios")
+    parser.add_argument("--rates", type=json.loads, default={}, help="learning rates of runs by name, as JSON")
+    parser.add_argument("--kwargs", type=json.loads, default={}, help="options of methods by name, as JSON")
     parser.add_argument("--out", type=Path, help="write the table here")
     options = parser.parse_args()
     silence()
