@@ -3,7 +3,7 @@
     python examples/pretrain_small_llama.py --out FOLDER --text input.txt ... [--steps 600]
         [--activation silu]
 
-Trains a byte-pair tokenizer and a Llama (4 layers, hidden 192, grouped queries, gated MLP; 2.8 million parameters) from
+Trains a byte-pair tokenizer and a Llama (4 layers, hidden 192, grouped queries, gated MLP; 2.0 million parameters) from
 nothing, with lightning_peft.models.CausalLM. FOLDER is a plain transformers folder, tokenizer included, for
 `--model.init_args.model FOLDER` or `AutoModelForCausalLM.from_pretrained`. A .json or .jsonl file gives the text of
 all its strings.
