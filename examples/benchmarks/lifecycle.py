@@ -6,8 +6,9 @@
 Each run fine-tunes MiniLM on labelled sentences (tsv without a header: sentence, label). Columns: accuracy on --val;
 parameters that train at the end, without the head; of the base's parameters, what is left; a training step and an
 evaluation step at the end, as ratios to those of a fresh LoRA in turn with it, so that a noisy machine slows both
-alike; densities of MLP activations in evaluation (soft, and larger than 1e-3); sharpness, the rise of the loss on
---val's first rows when what trains is moved at random by 5 % of its length; bytes of the optimizer's state.
+alike; densities of MLP activations in evaluation (soft with eps 1e-7, not 0, and larger than 1e-3); sharpness, the rise
+of the loss on --val's first rows when what trains is moved at random by 20 % of its length, and when it is moved along
+the gradient by 1 % of it; bytes of the optimizer's state.
 """
 
 import argparse
@@ -44,8 +45,9 @@ def methods(name: str, steps: int = 100, given: dict[str, dict[str, Any]] | None
     runs: dict[str, Callable[[], list[Method]]] = {
         "full": lambda: [make("partial_tuning", targets=("all-linear",))],
         "lora": lambda: [make("lora", r=8)],
-        "deft": lambda: [make("lora", r=8), make("deft", weight=1.0, eps=1e-3, warmup=0.1)],
-        "ada_deft": lambda: [make("lora", r=8), make("ada_deft", weight=1.0, eps=1e-3, warmup=0.1)],
+        "lora_bitfit": lambda: [make("lora", r=8), make("bitfit")],  # biases can move activations towards zero
+        "deft": lambda: [make("lora", r=8), make("bitfit"), make("deft", weight=1.0, eps=1e-3, warmup=0.2)],
+        "ada_deft": lambda: [make("lora", r=8), make("bitfit"), make("ada_deft", weight=1.0, eps=1e-3, warmup=0.2)],
         "light_peft": lambda: [make("lora", r=8), make("light_peft", estimation_steps=steps // 5, head_ratio=0.4,
                                                        ffn_ratio=0.42, module_ratio=0.5)],
         "adalora": lambda: [make("adalora", init_r=12, target_r=8)],
@@ -59,12 +61,13 @@ def methods(name: str, steps: int = 100, given: dict[str, dict[str, Any]] | None
     return runs[name]()
 
 
-RUNS = ("full", "lora", "deft", "ada_deft", "light_peft", "adalora", "l1ra", "flat_lora", "sam", "bsam", "galore",
-        "natural_galore")  # fmt: skip
-RATES = {"full": 1e-4, "galore": 1e-4, "natural_galore": 1e-4}
+RUNS = ("full", "lora", "lora_bitfit", "deft", "ada_deft", "light_peft", "adalora", "l1ra", "flat_lora", "sam", "bsam",
+        "galore", "natural_galore")  # fmt: skip
+RATES = {"full": 1e-4, "galore": 1e-4, "natural_galore": 1e-4, "light_peft": 2e-3, "adalora": 1e-2}
 RATE = 1e-3  # of the others
-COLUMNS = ("run", "accuracy", "trained", "base's blocks", "step / LoRA's", "eval / LoRA's", "soft", "> 1e-3",
-           "sharpness", "fit", "optimizer")  # fmt: skip
+DENSITIES = ("eval_soft", "eval_hard", "eval_above")
+COLUMNS = ("run", "accuracy", "trained", "base's blocks", "step / LoRA's", "eval / LoRA's", "soft", "not 0", "> 1e-3",
+           "at random", "uphill", "fit", "optimizer")  # fmt: skip
 
 
 class Run:
@@ -92,7 +95,7 @@ class Run:
             WATCH.forget(self.module.model)
         self.accuracy = float(checker.validate(self.module, self.data, verbose=False)[0]["val_accuracy"])
         told = WATCH.report(self.module.model) if held else {}
-        self.density = {q: statistics.mean(told[q].values()) for q in ("eval_soft", "eval_above") if q in told}
+        self.density = {q: statistics.mean(told[q].values()) for q in DENSITIES if q in told}
         self.batches = [b for _, b in zip(range(8), self.data.val_dataloader(), strict=False)]
 
     @property
@@ -103,24 +106,34 @@ class Run:
         names = self.model.named_parameters()
         return sum(p.numel() for n, p in names if p.requires_grad and not any(pattern_selects(h, n) for h in HEAD))
 
-    def sharpness(self, size: float = 0.05, draws: int = 4) -> float:
-        """Rise of the loss by a random step of ``size`` times the length of what trains, mean of several."""
+    def sharpness(self, draws: int = 6) -> tuple[float, float]:
+        """Rise of the loss by steps of 20 % of the length of what trains at random, the mean, and of 1 % uphill."""
         self.model.eval()
         moved = [p for n, p in self.model.named_parameters() if p.requires_grad]
-        generator, rises = torch.Generator().manual_seed(0), []
+        self.model.zero_grad()
+        for b in self.batches:
+            self.model(**b).loss.backward()
+        uphill = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in moved]
+        generator = torch.Generator().manual_seed(0)
+        at_random = [[torch.randn(p.shape, generator=generator) for p in moved] for _ in range(draws)]
         with torch.no_grad():
             before, start = self._loss(), [p.clone() for p in moved]
-            for _ in range(draws):
-                for p, s in zip(moved, start, strict=True):
-                    step = torch.randn(p.shape, generator=generator)
-                    p.copy_(s + step * (size * s.norm() / step.norm().clamp(min=1e-12)))
+            length = _length(start)
+            rises = []
+            for size, step in [(0.01, uphill), *((0.2, step) for step in at_random)]:
+                for p, s, d in zip(moved, start, step, strict=True):
+                    p.copy_(s + d * (size * length / _length(step)))
                 rises.append(self._loss() - before)
             for p, s in zip(moved, start, strict=True):
                 p.copy_(s)
-        return statistics.mean(rises)
+        return statistics.mean(rises[1:]), rises[0]
 
     def _loss(self) -> float:
         return statistics.mean(float(self.model(**b).loss) for b in self.batches)
+
+
+def _length(tensors: list[Tensor]) -> float:
+    return sum(float(t.square().sum()) for t in tensors) ** 0.5
 
 
 def ratios(model: Any, batch: dict[str, Tensor], rounds: int) -> tuple[float, float]:
@@ -158,14 +171,13 @@ def lines(options: argparse.Namespace) -> Iterator[str]:
         spread = f" +- {statistics.stdev(scores):.2%}" if len(scores) > 1 else ""
         base = sum(p.numel() for n, p in last.model.named_parameters() if ".adapters." not in n and "encoder" in n)
         train, evaluate = ratios(last.model, batch, options.rounds)
-        soft, above = (
-            f"{statistics.mean(r.density[q] for r in runs):.3f}" if last.density else "-"
-            for q in ("eval_soft", "eval_above")
+        density = " | ".join(
+            f"{statistics.mean(r.density[q] for r in runs):.3f}" if last.density else "-" for q in DENSITIES
         )
-        sharp = statistics.mean(r.sharpness() for r in runs)
+        sharp = " | ".join(f"{statistics.mean(of):.4f}" for of in zip(*(r.sharpness() for r in runs), strict=True))
         yield (
             f"| {name} | {statistics.mean(scores):.2%}{spread} | {last.trained():,} | {base:,} | {train:.2f} | "
-            f"{evaluate:.2f} | {soft} | {above} | {sharp:.4f} | {last.seconds:.0f} s | {last.optimizer / 1e6:.1f} MB |"
+            f"{evaluate:.2f} | {density} | {sharp} | {last.seconds:.0f} s | {last.optimizer / 1e6:.1f} MB |"
         )
 
 
