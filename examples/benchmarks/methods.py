@@ -49,9 +49,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 LEARNING_RATES = {
     "adalink": 1e-2, "adaptformer": 3e-3, "bitfit": 3e-3, "boft": 5e-3, "bone": 2e-4, "diff_pruning": 2e-4,
     "fourier_ft": 5e-2, "houlsby_adapter": 3e-3, "hra": 1e-2, "hut": 3e-3, "ia3": 2e-2, "ipa": 3e-3, "loha": 1e-2,
-    "lokr": 1e-2, "mam_adapter": 1e-4, "norm_tuning": 5e-3, "p_tuning": 3e-2, "parallel_adapter": 3e-4,
+    "lokr": 1e-2, "mam_adapter": 1e-4, "norm_tuning": 5e-3, "p_tuning": 3e-2, "parallel_adapter": 2e-4,
     "partial_tuning": 5e-4, "pmss": 3e-3, "prompt_tuning": 1e-2, "rand_lora": 5e-4, "s2ft": 3e-3, "sparse_mask": 3e-3,
-    "structure_learnable_adapter": 3e-3, "tera": 3e-2, "unipelt": 2e-3, "vb_lora": 1e-2, "vera": 3e-2,
+    "structure_learnable_adapter": 3e-3, "tera": 3e-2, "unipelt": 1e-3, "vb_lora": 1e-2, "vera": 3e-2,
 }  # fmt: skip
 
 
