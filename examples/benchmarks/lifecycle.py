@@ -63,7 +63,7 @@ def methods(name: str, steps: int = 100, given: dict[str, dict[str, Any]] | None
 
 RUNS = ("full", "lora", "lora_bitfit", "deft", "ada_deft", "light_peft", "adalora", "l1ra", "flat_lora", "sam", "bsam",
         "galore", "natural_galore")  # fmt: skip
-RATES = {"full": 1e-4, "galore": 1e-4, "natural_galore": 1e-4, "light_peft": 2e-3, "adalora": 1e-2}
+RATES = {"full": 2e-4, "galore": 3e-4, "natural_galore": 3e-4, "light_peft": 2e-3, "adalora": 1e-2}
 RATE = 1e-3  # of the others
 DENSITIES = ("eval_soft", "eval_hard", "eval_above")
 COLUMNS = ("run", "accuracy", "trained", "base's blocks", "step / LoRA's", "eval / LoRA's", "soft", "not 0", "> 1e-3",
