@@ -51,7 +51,7 @@ def methods(name: str, steps: int = 100, given: dict[str, dict[str, Any]] | None
         "light_peft": lambda: [make("lora", r=8), make("light_peft", estimation_steps=steps // 5, head_ratio=0.4,
                                                        ffn_ratio=0.42, module_ratio=0.5)],
         "adalora": lambda: [make("adalora", init_r=12, target_r=8)],
-        "l1ra": lambda: [make("l1ra", r=8, l1=2.0)],
+        "l1ra": lambda: [make("l1ra", r=8, l1=0.5)],
         "flat_lora": lambda: [make("flat_lora", r=8)],
         "sam": lambda: [make("lora", r=8), make("sam")],
         "bsam": lambda: [make("lora", r=8), make("bsam")],
