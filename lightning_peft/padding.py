@@ -59,8 +59,12 @@ class ReadPadding(Adapter):
         super().__init__()
         self.names, self.padding = accepts(host), padding
 
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name."""
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        self.padding.calls.append(dict(zip(self.names, args, strict=False)) | kwargs)
+        self.padding.calls.append(self.call(args, kwargs))
         try:
             return base(*args, **kwargs)
         finally:

@@ -80,7 +80,7 @@ class Watch(ReadPadding):
     """On a transformer: tells the gates below of the text's padding (batch, positions)."""
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        masked = (dict(zip(self.names, args, strict=False)) | kwargs).get("attention_mask") is not None
+        masked = self.call(args, kwargs).get("attention_mask") is not None
         if masked and torch.is_grad_enabled() and getattr(base.host, "gradient_checkpointing", False):
             raise ValueError("under gradient checkpointing layers run again when the mask is gone, so unipelt's gates "
                              "cannot take a mean without padding: set gate_mean='token' or 'all'")  # fmt: skip

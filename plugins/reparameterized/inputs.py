@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning_peft_plugins.reparameterized.pissa import principal
+from lightning_peft_plugins.selective.sparse import looking
 from torch import Tensor, nn
 
 from lightning_peft.padding import Padding, reading
@@ -60,9 +61,7 @@ class Watch:
     @contextlib.contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """In evaluation mode, as the untouched base sees its inputs."""
-        modes = [(m, m.training) for m in model.modules()]
-        model.eval()
-        with reading(model) as self.padding:
+        with looking(model, []), reading(model) as self.padding:
             layers = [(m, self._sees(n)) for n, m in model.named_modules() if n in self.ranks]
             handles = [layer.register_forward_pre_hook(see) for layer, see in layers]
             try:
@@ -70,8 +69,6 @@ class Watch:
             finally:
                 for handle in handles:
                     handle.remove()
-                for module, mode in modes:
-                    module.training = mode
 
     def _sees(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
