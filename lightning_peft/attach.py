@@ -89,6 +89,11 @@ def accepts(module: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(getattr(module, "unadapted", module.forward)).parameters)
 
 
+def by_name(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, where ``names`` are those its callee ``accepts``."""
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
 def is_adapted(module: nn.Module) -> bool:
     return isinstance(getattr(module, "adapters", None), Adapters)
 
@@ -186,3 +191,16 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for c, active in zip(containers, before, strict=True):
             c.active = active
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode; after it each module is back in its own."""
+    before = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in before:
+            m.training = False  # without train(), which a module may override to do more
+        yield
+    finally:
+        for m, training in before:
+            m.training = training

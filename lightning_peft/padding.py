@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft import arch
 from lightning_peft.adapter import Adapter, Base
-from lightning_peft.attach import accepts, adapters, attach, detach, modules
+from lightning_peft.attach import accepts, adapters, attach, by_name, detach, modules
 
 
 class Padding:
@@ -61,7 +61,7 @@ class ReadPadding(Adapter):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
-        return dict(zip(self.names, args, strict=False)) | kwargs
+        return by_name(self.names, args, kwargs)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         self.padding.calls.append(self.call(args, kwargs))

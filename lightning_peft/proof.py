@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map  # private: flattens what models take and return
 
 from lightning_peft import hosts
-from lightning_peft.attach import adapters, is_adapted
+from lightning_peft.attach import adapters, evaluating, is_adapted
 from lightning_peft.merge import Merged, merge
 
 
@@ -71,19 +71,13 @@ def _held(x: Any) -> Any:
 @torch.no_grad()
 def _outputs(model: nn.Module, calls: list[Call]) -> list[Tensor]:
     """Floating tensors, in float32 on the CPU, that the calls return in evaluation mode."""
-    modes = {m: m.training for m in model.modules()}
-    device = next(model.parameters()).device
-    model.eval()
-    try:
-        seen = []
+    device, seen = next(model.parameters()).device, []
+    with evaluating(model):
         for c in calls:
             args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (c.args, c.kwargs))
             output = model.get_submodule(c.module)(*args, **kwargs)
             seen += [t for t in tree_leaves(_plain(output)) if isinstance(t, Tensor) and t.is_floating_point()]
-        return [t.to("cpu", torch.float32, copy=True) for t in seen]
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    return [t.to("cpu", torch.float32, copy=True) for t in seen]
 
 
 def _plain(output: Any) -> Any:

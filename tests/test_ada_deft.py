@@ -16,6 +16,7 @@ import lightning_peft as lp
 from lightning_peft import parts, surgery
 from tests import nets
 from tests.fits import SaveAt, same, trained
+from tests.launch import launch
 from tests.nets import HFNet, tokens, trainer
 from tests.zoo import bases as zoo
 
@@ -171,11 +172,11 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         AdaDEFT(**options)
 
 
-def fit(root: Path, *more: Any, ckpt: Any = None) -> HFNet:
+def fit(root: Path, *more: Any, ckpt: Any = None, **options: Any) -> HFNet:
     torch.manual_seed(3)
     net = HFNet(nets.bert)
     peft = lp.PEFT([LoRA(r=2), AdaDEFT(eps=1e-2, warmup=0.5, drop=1)], folder=None)
-    run = trainer(root, peft, *more, accumulate_grad_batches=2, max_epochs=2)
+    run = trainer(root, peft, *more, accumulate_grad_batches=2, max_epochs=2, **options)
     torch.manual_seed(3)
     run.fit(net, tokens(), ckpt_path=ckpt)
     return net
@@ -187,3 +188,17 @@ def test_resume_is_bitwise_and_the_end_cuts_the_same(tmp_path: Path) -> None:
     assert sum(g.w.item() == 0 for g in gates(whole)) == 1 and any(g.w.item() not in (0, 1) for g in gates(whole))
     for batch in (1, 3, 5):
         assert same(trained(whole), trained(fit(tmp_path, ckpt=tmp_path / f"{batch}.ckpt")))
+
+
+def resumed_in_two(folder: str) -> list[Any]:
+    options = {"strategy": "ddp", "devices": 2}
+    whole = fit(Path(folder), SaveAt(Path(folder), (1, 2)), **options)
+    resumed = [fit(Path(folder), ckpt=Path(folder) / f"{batch}.ckpt", **options) for batch in (1, 2)]
+    kept = sorted(m.channels for m in parts.mlps(whole))
+    return [all(same(trained(whole), trained(r)) for r in resumed), [t.clone() for t in trained(whole)], kept]
+
+
+def test_two_processes_resume_bit_for_bit_and_cut_the_same(tmp_path: Path) -> None:
+    (ok, first, kept), (ok_too, second, kept_too) = launch(resumed_in_two, folder=str(tmp_path))
+    assert ok and ok_too and same(first, second)
+    assert kept == kept_too == [1, 48]

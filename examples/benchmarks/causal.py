@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning_peft_plugins.lifecycle.deft import DEFT
-from measure import QUIET, show, silence
+from measure import QUIET, WATCH, show, silence
 
 from lightning_peft import PEFT, registry
 from lightning_peft.data import InstructionData
@@ -28,7 +27,6 @@ from lightning_peft.models import CausalLM
 
 RATES = {"full": 1e-3}
 RATE = 3e-3  # of all others, unless --rates names them
-WATCH = DEFT(name="watch", weight=0.0)  # only measures
 
 
 class Clock(Callback):

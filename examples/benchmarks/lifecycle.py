@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning_peft_plugins.lifecycle.deft import DEFT
-from measure import QUIET, show, silence
+from measure import QUIET, WATCH, show, silence
 from torch import Tensor, nn
 
 from lightning_peft import PEFT, Method, registry
@@ -33,7 +32,6 @@ from lightning_peft.models import TextClassifier
 from lightning_peft.models.source import MINILM
 
 HEAD = ("*classifier*",)
-WATCH = DEFT(name="watch", weight=0.0)  # only measures
 
 
 def methods(name: str, steps: int = 100, given: dict[str, dict[str, Any]] | None = None) -> list[Method]:

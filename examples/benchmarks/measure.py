@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import transformers
+from lightning_peft_plugins.lifecycle.deft import DEFT
 from rich.console import Console
 from torch import Tensor
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+WATCH = DEFT(name="watch", weight=0.0)  # only measures densities
 
 
 def silence() -> None:

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils._pytree import tree_map  # private: flattens what models take and return
 
 from lightning_peft import calibration, optim, registry
-from lightning_peft.attach import modules
+from lightning_peft.attach import evaluating, modules
 from lightning_peft.find import exact, nearest
 from lightning_peft.inject import find_record, inject, pattern_selects, penalty
 from lightning_peft.method import Method, Passes, Step
@@ -115,11 +115,8 @@ class Case:
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> dict[str, Tensor]:
         """Floating tensors that the model returns in evaluation mode, by position, caches left out."""
-        modes = {m: m.training for m in model.modules()}
-        model.eval()
-        seen = floats(self.call(model))
-        for m, mode in modes.items():
-            m.training = mode
+        with evaluating(model):
+            seen = floats(self.call(model))
         return {f"output {i}": t.clone() for i, t in enumerate(seen)}
 
     def loss(self, model: nn.Module, batch: Batch | None = None) -> Tensor:

@@ -1,6 +1,5 @@
 """AdaLink: a low-rank residual map on the input embeddings of each modality. Wang et al. 2023, arXiv:2310.12100."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Adapter, Base, Method, Traits, WeightAdapter, attach, find, hosts
-from lightning_peft.attach import modules
+from lightning_peft.attach import accepts, by_name, modules
 from lightning_peft.find import nearest
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda x: x, "gelu": F.gelu, "relu": F.relu}
@@ -72,10 +71,10 @@ class GivenLink(Adapter):
     def __init__(self, host: Any, link: Link) -> None:
         super().__init__()
         self.of = (link,)  # in a tuple, since its tensors are registered where it is attached
-        self.names = _arguments(host)
+        self.names = accepts(host)
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        call = by_name(self.names, args, kwargs)
         if call.get("inputs_embeds") is not None:
             call["inputs_embeds"] = self.of[0].link(call["inputs_embeds"])
         return base(**call)
@@ -176,9 +175,5 @@ class AdaLink(Method):
             what = [type(t).__name__ for t in tables]
             raise ValueError(f"{self.name}: a token embedding of its own is needed, found {what}; give modalities")
         for table in tables[: 1 + self.decoder_input]:
-            takes = [m for _, m in named if m.get_input_embeddings() is table and "inputs_embeds" in _arguments(m)]
+            takes = [m for _, m in named if m.get_input_embeddings() is table and "inputs_embeds" in accepts(m)]
             yield table, takes[-1] if takes else top
-
-
-def _arguments(module: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(getattr(module, "unadapted", module.forward)).parameters)

@@ -9,7 +9,7 @@ from lightning_peft_plugins.additive.sublayers import sublayers
 from torch import Tensor, nn
 
 from lightning_peft import Adapter, Base
-from lightning_peft.attach import accepts, modules
+from lightning_peft.attach import accepts, by_name, modules
 
 MASKS = ("attention_mask", "mask")
 
@@ -39,7 +39,7 @@ class InLayer(Adapter, abc.ABC):
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
-        return dict(zip(self.names, args, strict=False)) | kwargs
+        return by_name(self.names, args, kwargs)
 
     def kept(self, call: dict[str, Any]) -> Any:
         """The layer of the cache that the call brings; its keys and values are (batch, heads, seen, width)."""

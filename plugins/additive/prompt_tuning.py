@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Adapter, Base, Method, Traits, attach, hf
-from lightning_peft.attach import accepts
+from lightning_peft.attach import accepts, by_name
 
 INITS = ("vocab", "uniform", "normal")
 HF_FIELDS = (*soft.HF_FIELDS, "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
@@ -72,7 +72,7 @@ class ReadsPrompt(Adapter):
         self.names, self.num_tokens = accepts(host), num_tokens
 
     def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        call = by_name(self.names, args, kwargs)
         mask, states = call.get("encoder_attention_mask"), call.get("encoder_hidden_states")
         if mask is not None and states is not None and states.shape[1] == mask.shape[-1] + self.num_tokens:
             call["encoder_attention_mask"] = F.pad(mask, (self.num_tokens, 0), value=1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Adapter, Base
-from lightning_peft.attach import accepts, attached, modules
+from lightning_peft.attach import accepts, attached, by_name, evaluating, modules
 from lightning_peft.config import record_of
 from lightning_peft.hf_heads import task_type
 
@@ -38,7 +38,7 @@ class SoftPrompt(Adapter, abc.ABC):
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
-        call = dict(zip(self.names, args, strict=False)) | kwargs
+        call = by_name(self.names, args, kwargs)
         if self.cache_name == "cache" and "past_key_values" in call:
             call["cache"] = call.pop("past_key_values")
         return call
@@ -178,14 +178,12 @@ def states_of(host: Any, ids: list[int], cross: bool, by: str) -> dict[int, tupl
     call = {"cache" if "cache" in names else "past_key_values": cache}
     if cross:
         call["encoder_hidden_states"] = table.new_zeros(1, 1, table.shape[1])
-    modes, kind = {m: m.training for m in host.modules()}, host.config._attn_implementation
-    host.eval()
+    kind = host.config._attn_implementation
     if table.is_meta:  # the other kinds ask a mask for its values
         host.config._attn_implementation = "eager"
-    host(input_ids=torch.tensor([ids], device=table.device), **call)
+    with evaluating(host):
+        host(input_ids=torch.tensor([ids], device=table.device), **call)
     host.config._attn_implementation = kind
-    for module, mode in modes.items():
-        module.training = mode
     layers = getattr(cache, "self_attention_cache", cache).layers
     found = {i: (x.keys, x.values) for i, x in enumerate(layers) if getattr(x, "keys", None) is not None}
     if not found:

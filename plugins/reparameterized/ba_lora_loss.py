@@ -1,8 +1,6 @@
 """BA-LoRA's losses on the model's outputs, for any adapters. Chang, Chang, Wu 2024 (ICLR 2026), arXiv:2408.04556."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Adapter, Base, Method, Step, Traits, adapters, attach
-from lightning_peft.attach import disabled, modules
+from lightning_peft.attach import disabled, evaluating, modules
 from lightning_peft.find import nearest
 
 IGNORED = -100  # label of a token that is not learnt
@@ -84,20 +82,6 @@ class Watch(Adapter):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"seen": None}  # a graph can be neither copied nor pickled
-
-
-@contextlib.contextmanager
-def _teaching(model: nn.Module, host: nn.Module) -> Iterator[None]:
-    """The host without adapters, in evaluation mode, which draws no random numbers, and without gradients."""
-    modes = [(m, m.training) for m in host.modules()]
-    try:
-        with torch.no_grad(), disabled(model):
-            for m, _ in modes:
-                m.training = False
-            yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +170,7 @@ class BALoRALoss(Method):
     def _teacher(self, model: nn.Module, host: Any, args: Any, kwargs: Any) -> Tensor:
         none = all(a.watches for _, _, a in adapters(model))
         _check(not none, f"{self.name}: no adapter is there to switch off, so lambda1 has no effect: set it 0")
-        with _teaching(model, host):
+        with torch.no_grad(), disabled(model), evaluating(host):  # which draws no random numbers
             return _logits(host(*args, **kwargs), self.name)
 
     def _rows(self, host: Any, kwargs: dict[str, Any], Q: Tensor, P: Tensor | None) -> tuple[Tensor, Tensor | None]:

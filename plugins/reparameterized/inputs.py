@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning_peft_plugins.reparameterized.pissa import principal
-from lightning_peft_plugins.selective.sparse import looking
 from torch import Tensor, nn
 
+from lightning_peft.attach import evaluating
 from lightning_peft.padding import Padding, reading
 
 SEEN = 1e-5  # of the largest singular value: directions below it are rounding
@@ -61,7 +61,7 @@ class Watch:
     @contextlib.contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """In evaluation mode, as the untouched base sees its inputs."""
-        with looking(model, []), reading(model) as self.padding:
+        with evaluating(model), reading(model) as self.padding:
             layers = [(m, self._sees(n)) for n, m in model.named_modules() if n in self.ranks]
             handles = [layer.register_forward_pre_hook(see) for layer, see in layers]
             try:

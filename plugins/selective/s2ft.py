@@ -16,6 +16,7 @@ from lightning_peft_plugins.selective import sparse
 from torch import Tensor, nn
 
 from lightning_peft import Method, Traits, attach, find, hosts, inject, load, parts, quant, remove
+from lightning_peft.attach import evaluating
 from lightning_peft.find import exact, nearest
 from lightning_peft.inject import find_record
 from lightning_peft.padding import Padding, reading
@@ -164,7 +165,7 @@ def _squares(
 
         return add
 
-    with reading(model) as padding, sparse.looking(model, []), torch.no_grad():
+    with reading(model) as padding, evaluating(model), torch.no_grad():
         handles = [layer.register_forward_pre_hook(summing(name, padding)) for name, layer in layers.items()]
         try:
             for batch in batches:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft import Base, WeightAdapter, hosts
+from lightning_peft.attach import evaluating
 from lightning_peft.quant import kind
 
 HALF = 1 << 16
@@ -168,14 +169,12 @@ def check(method: Any) -> None:
 @contextlib.contextmanager
 def looking(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
     """In evaluation mode, with gradients for these weights."""
-    modes, before = [(m, m.training) for m in model.modules()], [w.requires_grad for w in weights]
-    model.eval()
+    before = [w.requires_grad for w in weights]
     for w in weights:
         w.requires_grad_(True)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for w, trains in zip(weights, before, strict=True):
             w.requires_grad_(trains)
