@@ -46,8 +46,8 @@ def methods(name: str, steps: int = 100, given: dict[str, dict[str, Any]] | None
         "lora_bitfit": lambda: [make("lora", r=8), make("bitfit")],  # biases can move activations towards zero
         "deft": lambda: [make("lora", r=8), make("bitfit"), make("deft", weight=1.0, eps=1e-3, warmup=0.2)],
         "ada_deft": lambda: [make("lora", r=8), make("bitfit"), make("ada_deft", weight=1.0, eps=1e-3, warmup=0.2)],
-        "light_peft": lambda: [make("lora", r=8), make("light_peft", estimation_steps=steps // 5, head_ratio=0.4,
-                                                       ffn_ratio=0.42, module_ratio=0.5)],
+        "light_peft": lambda: [make("lora", r=8), make("light_peft", estimation_steps=min(200, steps // 5),
+                                                       head_ratio=0.4, ffn_ratio=0.42, module_ratio=0.3)],
         "adalora": lambda: [make("adalora", init_r=12, target_r=8)],
         "l1ra": lambda: [make("l1ra", r=8, l1=0.5)],
         "flat_lora": lambda: [make("flat_lora", r=8)],
@@ -61,7 +61,7 @@ def methods(name: str, steps: int = 100, given: dict[str, dict[str, Any]] | None
 
 RUNS = ("full", "lora", "lora_bitfit", "deft", "ada_deft", "light_peft", "adalora", "l1ra", "flat_lora", "sam", "bsam",
         "galore", "natural_galore")  # fmt: skip
-RATES = {"full": 2e-4, "galore": 3e-4, "natural_galore": 3e-4, "light_peft": 2e-3, "adalora": 1e-2}
+RATES = {"full": 2e-4, "galore": 3e-4, "natural_galore": 3e-4, "adalora": 1e-2}
 RATE = 1e-3  # of the others
 DENSITIES = ("eval_soft", "eval_hard", "eval_above")
 COLUMNS = ("run", "accuracy", "trained", "base's blocks", "step / LoRA's", "eval / LoRA's", "soft", "not 0", "> 1e-3",
