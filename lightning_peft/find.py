@@ -90,7 +90,8 @@ def _match(model: nn.Module, target: str, named: dict[str, Any], types: Types) -
         in_role = [n for n in arch.role(model, target) if n in named]
         found = [n for n in in_role if not _trained_in_full(named[n])]
         if in_role and not found:
-            raise ValueError(f"all {len(in_role)} modules of role {target!r} are trained in full, nothing to adapt")
+            raise ValueError(f"all {len(in_role)} modules of role {target!r} are trained in full, by a method before "
+                             "this one in the list or by train=, so nothing is left to adapt")  # fmt: skip
     else:
         found = [n for n in named if matches(n, target)]
     if found:

@@ -57,7 +57,8 @@ def inject(
         the record that is kept on the model.
 
     Raises:
-        ValueError: a name twice, a pattern that matches nothing, a method that changed nothing, adapters already there.
+        ValueError: a name twice, a pattern that matches nothing, a method that changed nothing, adapters already
+            there, or methods that do not go together.
     """
     methods = [methods] if isinstance(methods, Method) else list(methods)
     _check(model, methods)
@@ -68,6 +69,8 @@ def inject(
         with _default_dtype(torch.float32):  # Trainer(precision="bf16-true") changes it while a model is being built
             for method in methods:
                 _inject_one(model, method, (stats or {}).get(method.name), dtype)
+        for method in methods:
+            method.beside(model, [m for m in methods if m is not method])
         reads.expose(model)
     except Exception:
         _undo(model, before)

@@ -5,6 +5,7 @@
     # setup           freeze(model)                        every weight below the target arrives frozen
     #                 stats = method.calibrate(...)         fresh fits only, of a method that calibrates
     #                 method.inject(model, stats)           a calibrating one was injected and taken off once before
+    #                 method.beside(model, others)          every method of the list is in place
     #                 load weights of ckpt_path             structure is read from the file's shapes
     #                 optimizers = configure_optimizers()   the user's own
     #                 method.param_groups(model)            regrouped inside those optimizers
@@ -148,6 +149,13 @@ class Method(abc.ABC):
     def combine(self, stats: list[Any]) -> Any:
         """One of what ``calibrate`` returned in each of several processes, by rank, on the CPU; rank 0's by default."""
         return stats[0]
+
+    def beside(self, model: nn.Module, others: Sequence["Method"]) -> None:
+        """Once every method of the list is injected: refuse by name what this one cannot work with.
+
+        Raises:
+            ValueError: one of ``others`` would undo what this one does, or stands in the wrong place of the list.
+        """
 
     @property
     def calibrates(self) -> bool:

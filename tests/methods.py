@@ -1,6 +1,6 @@
 """Small methods, one a verb of the contract, for tests of the host that runs them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +97,9 @@ class Recorder(Method):
     def inject(self, model: nn.Module, stats: Any = None) -> None:
         EVENTS.append(f"inject {stats}")
         products(self, model, 2)
+
+    def beside(self, model: nn.Module, others: Sequence[Method]) -> None:
+        EVENTS.append(f"beside {len(others)}")
 
     def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> Any:
         EVENTS.append("calibrate")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning_peft_plugins.lifecycle.ada_deft import AdaDEFT
 from lightning_peft_plugins.lifecycle.deft import DEFT
+from lightning_peft_plugins.lifecycle.light_peft import LightPEFT
 from lightning_peft_plugins.reparameterized.dora import DoRA
 from lightning_peft_plugins.reparameterized.lora import LoRA
 from torch import nn
@@ -143,6 +144,13 @@ def test_a_quantised_mlp_is_skipped_whole() -> None:
         method.finish(model)
     assert [m.channels for m in parts.mlps(model)] == [64, 64] and gates(model)[0].w.item() == 0
     assert model(**batch).logits.isfinite().all()
+
+
+def test_light_peft_is_refused_by_name() -> None:
+    model = nets.bert()
+    with pytest.raises(ValueError, match="light_peft would thin out those weights.*leave light_peft out, or take deft"):
+        lp.inject(model, [LoRA(r=2), AdaDEFT(), LightPEFT()])
+    assert not list(lp.adapters(model))
 
 
 def test_weights_have_no_weight_decay() -> None:

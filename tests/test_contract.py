@@ -78,12 +78,13 @@ def test_verbs_run_in_the_order_of_the_loop_in_method_py(tmp_path: Path, monkeyp
     built = ["configure_optimizers", "param_groups", "wrap_optimizer"]
     epoch = [[*window(0, 4), *window(1, 4), "validation_step"], [*window(2, 4), *window(3, 4), "validation_step"]]
     end = ["finish", "save", "merge"]
-    assert EVENTS == ["inject None", "calibrate", "inject 3", *built, *epoch[0], *epoch[1], *end]
+    placed = ["inject None", "beside 0", "calibrate", "inject 3", "beside 0"]
+    assert EVENTS == [*placed, *built, *epoch[0], *epoch[1], *end]
     EVENTS.clear()
     peft = PEFT(methods.Recorder(), merge_at_end=True, folder="resumed")
     trainer(tmp_path, peft, **options).fit(Verbose(), vectors(32), vectors(8), ckpt_path=tmp_path / "step=2.ckpt")
     assert [e for e in EVENTS if e != "validation_step"] == [
-        *("inject None", "weights", *built, "moments"),
+        *("inject None", "beside 0", "weights", *built, "moments"),
         *(e for e in epoch[1] if e != "validation_step"),
         *end,
     ]
@@ -320,7 +321,8 @@ def test_a_merge_that_is_wrong_is_refused_and_the_folder_still_written(tmp_path:
     assert same(trained(net), trained(again))
 
 
-VERBS = ("inject", "calibrate", "param_groups", "wrap_optimizer", "penalty", "before_step", "after_step", "finish")
+PLACED = ("inject", "beside")
+VERBS = (*PLACED, "calibrate", "param_groups", "wrap_optimizer", "penalty", "before_step", "after_step", "finish")
 
 
 def test_methods_belong_in_one_callback(tmp_path: Path) -> None:
@@ -345,8 +347,8 @@ def test_several_methods_run_in_their_order_under_their_names(tmp_path: Path, mo
     net = Net(smooth)
     trainer(tmp_path, PEFT(two), max_steps=1).fit(net, vectors())
     called = [e for e in EVENTS if isinstance(e, tuple)]
-    assert [verb for _, verb in called[::2]] == ["inject", "calibrate", "inject", *VERBS[2:]]
-    assert [name for name, _ in called] == ["one", "two"] * 9
+    assert [verb for _, verb in called[::2]] == [*PLACED, "calibrate", *PLACED, *VERBS[3:]]
+    assert [name for name, _ in called] == ["one", "two"] * 11
     assert list(net.net[0].adapters) == ["one", "two"]
     keys = load_file(tmp_path / "adapter" / "adapter.safetensors").keys()
     assert keys == {f"net.{n}.adapters.{name}.{f}" for n in (0, 2) for name in ("one", "two") for f in "AB"}

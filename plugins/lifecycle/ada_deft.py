@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from lightning_peft_plugins.lifecycle.activations import Place, Watch
 from lightning_peft_plugins.lifecycle.deft import DEFT
 from lightning_peft_plugins.lifecycle.density import Watcher
+from lightning_peft_plugins.lifecycle.light_peft import LightPEFT
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_peft import Base, Traits, WeightAdapter, attach, parts, surgery
+from lightning_peft import Base, Method, Traits, WeightAdapter, attach, parts, surgery
 from lightning_peft.attach import adapters
 from lightning_peft.padding import Padding
 
@@ -107,6 +109,12 @@ class AdaDEFT(DEFT):
             raise ValueError(f"{self.name}: {behind!r} normalises what the MLP returns, so that a factor on it has no "
                              "effect; use deft")  # fmt: skip
         super().inject(model)
+
+    def beside(self, model: nn.Module, others: Sequence[Method]) -> None:
+        for other in others:
+            if isinstance(other, LightPEFT):
+                raise ValueError(f"{self.name} finds by its weights which MLPs stay, and {other.name} would thin out "
+                                 f"those weights like any adapter: leave {other.name} out, or take deft")  # fmt: skip
 
     def put(self, model: nn.Module, place: Place, padding: Padding | None) -> None:
         gate = WatchingGate(*self.options(padding)) if place.at_input else Gate()

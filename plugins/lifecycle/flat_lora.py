@@ -7,7 +7,7 @@ The authors' code adds the noise to the weight and takes it off again, which in 
 import hashlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,9 @@ from lightning_peft_plugins.reparameterized import ranks
 from lightning_peft_plugins.reparameterized.lora import LoRALinear
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 
 from lightning_peft import Base, Method, Step, Traits, attach, hosts
 from lightning_peft.attach import attached
-from lightning_peft.inject import find_record
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine_up": lambda done: (1 - math.cos(math.pi * done)) / 2,
@@ -179,13 +177,11 @@ class FlatLoRA(Method):
             return None
         return [{"params": [a.B for _, a in self._held(model)], "lr_scale": self.lora_plus_ratio}]
 
-    def wrap_optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
-        held = find_record(model)  # complete only now
-        for other in held[1].methods if held else ():
+    def beside(self, model: nn.Module, others: Sequence[Method]) -> None:
+        for other in others:
             if type(other).after_backward is not Method.after_backward:
                 raise ValueError(f"{self.name} and {other.name} both seek flat minima, one by noise and one by several "
                                  f"passes a batch: leave {self.name} out, or {other.name}")  # fmt: skip
-        return optimizer
 
     def before_window(self, model: nn.Module, step: Step) -> None:
         done = 1.0 if self.schedule == "constant" else step.index / step.total
