@@ -437,7 +437,8 @@ def test_fits_that_are_too_short_or_listed_the_wrong_way_round(tmp_path: Path) -
     with pytest.raises(ValueError, match="needs the number of optimizer steps"):
         run(tmp_path, HFNet(nets.bert), [LoRA(r=2), LightPEFT()], data=tokens(), max_steps=-1)
     with pytest.raises(ValueError, match="must see what all other adapters on .* list it last"):
-        lp.inject(nets.bert(), [LoRA(r=2), light(), LoRA(r=2, name="second")])
+        methods = [LoRA(r=2), light(), LoRA(r=2, name="second")]
+        run(tmp_path, HFNet(nets.bert), methods, data=tokens())
     with pytest.warns(UserWarning, match="ended within its estimation, so nothing was pruned"):
         net = HFNet(nets.bert)
         run(tmp_path, net, [LoRA(r=2), light()], data=tokens(), peft={"total_steps": 9}, max_steps=2)

@@ -98,11 +98,6 @@ class LightPEFT(Method):
             estimate = Estimate(*masked.get(name, (0, 0)), tuned.get(name, {}), padding)
             attach(model.get_submodule(name), self.name, estimate)
 
-    def beside(self, model: nn.Module, others: Sequence[Method]) -> None:
-        below = [n for n, (host, _) in self._estimates(model).items() if list(attached(host))[-1] != self.name]
-        if below:
-            raise ValueError(f"{self.name} must see what all other adapters on {below[0]!r} do: list it last")
-
     def _parts(self, model: nn.Module) -> list[Part]:
         """What may be cut: attention modules and MLPs, those left out by ``exclude`` aside."""
         found: list[Part] = [("heads", a, a.o) for a in parts.attentions(model) if self.head_ratio]
@@ -153,6 +148,8 @@ class LightPEFT(Method):
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         held = self._estimates(model)
+        if below := [n for n, (host, _) in held.items() if list(attached(host))[-1] != self.name]:
+            raise ValueError(f"{self.name} must see what all other adapters on {below[0]!r} do: list it last")
         found = [(k, held[layer][1].mask) for k, _, layer in self._parts(model) if layer in held]
         scales = {"heads": self.attn_mask_lr_mult, "channels": self.ffn_mask_lr_mult}
         groups = {kind: [mask for k, mask in found if k == kind] for kind in scales}
