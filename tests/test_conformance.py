@@ -11,6 +11,7 @@ from lightning_peft import registry
 from lightning_peft.method import Method
 from lightning_peft.testing import parametrize_with_checks
 from lightning_peft.testing.declarations import nested
+from tests.test_house import LONGEST_FILE
 from tests.zoo import ROWS
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +20,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 METHODS: dict[str, str] = PROJECT["entry-points"][registry.GROUP]
 SOURCES = {p.relative_to(ROOT / "plugins"): p.read_text() for p in sorted((ROOT / "plugins").rglob("*.py"))}
 FILES = [p for p, text in SOURCES.items() if re.search(r"^    traits = ", text, re.M)]  # the files that define a method
-LONG = 200  # lines of a method's file, of which the longest are better two files
 SHARED = [p for p in SOURCES if p not in FILES and p.name != "__init__.py"]
 
 
@@ -48,7 +48,7 @@ def test_a_plugin_file_without_a_method_serves_several_that_have_one(file: Path)
     line = rf"^from ({re.escape(package)} import .*\b{name}\b|{re.escape(module_of(file))} import )"
     users = [str(p) for p in FILES if re.search(line, SOURCES[p], re.M)]
     together = sum(SOURCES[Path(p)].count("\n") for p in (str(file), *users))
-    assert len(users) > 1 or (users and together > LONG), (
+    assert len(users) > 1 or (users and together > LONGEST_FILE), (
         f"{file} defines no method (no `traits = `), and only {users} import from it"
     )
 

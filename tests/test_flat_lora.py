@@ -412,7 +412,7 @@ def test_an_adapter_on_top_that_bypasses_the_noise_is_named(tmp_path: Path) -> N
 
 def test_sam_and_a_second_noise_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="flat_lora and sam both seek flat minima.*leave flat_lora out, or sam"):
-        lp.inject(smooth(), [METHOD, SAM()])
+        run(tmp_path, Net(smooth), [METHOD, SAM()])
     with pytest.raises(ValueError, match="0: 'flat_lora' and 'second' would both put noise on it"):
         lp.inject(smooth(), [METHOD, FlatLoRA(name="second", r=2)])
 

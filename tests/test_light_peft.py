@@ -8,8 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning_peft_plugins.additive.houlsby_adapter import HoulsbyAdapter
-from lightning_peft_plugins.lifecycle.estimate import Estimate
-from lightning_peft_plugins.lifecycle.light_peft import LightPEFT
+from lightning_peft_plugins.lifecycle.light_peft import Estimate, LightPEFT
 from lightning_peft_plugins.reparameterized.dora import DoRA
 from lightning_peft_plugins.reparameterized.lora import LoRA
 from torch import Tensor, nn
