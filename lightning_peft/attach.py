@@ -179,6 +179,14 @@ def adapters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, A
                 yield fqn, host, adapter
 
 
+def detach_all(model: nn.Module, name: str | None = None) -> None:
+    """``detach`` every adapter, or those attached under ``name``."""
+    for _, host in list(model.named_modules()):
+        for tag in attached(host):
+            if name is None or tag == name:
+                detach(host, tag)
+
+
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Run the model without its adapters, as a teacher or reference; trained base parameters stay as they are."""

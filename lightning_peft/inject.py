@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import quant, reads, surgery
-from lightning_peft.attach import adapters, attached, detach, modules
+from lightning_peft.attach import detach_all, modules
 from lightning_peft.find import matches, nearest
 from lightning_peft.method import Method
 
@@ -179,8 +179,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _undo(model: nn.Module, trainable: Sequence[str]) -> None:
-    for _, host, adapter in list(adapters(model)):
-        detach(host, next(tag for tag, a in attached(host).items() if a is adapter))
+    detach_all(model)
     for name, p in model.named_parameters():
         if p.is_floating_point():
             p.requires_grad_(name in trainable)

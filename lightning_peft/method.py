@@ -154,7 +154,7 @@ class Method(abc.ABC):
         """Once every method of the list is injected: refuse by name what this one cannot work with.
 
         Raises:
-            ValueError: one of ``others`` would undo what this one does, or stands in the wrong place of the list.
+            ValueError: one of ``others`` would undo what this one does, or does the same.
         """
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft import arch
 from lightning_peft.adapter import Adapter, Base
-from lightning_peft.attach import accepts, adapters, attach, by_name, detach, modules
+from lightning_peft.attach import accepts, attach, by_name, detach_all, modules
 
 
 class Padding:
@@ -88,5 +88,4 @@ def reading(model: nn.Module) -> Iterator[Padding]:
     try:
         yield watch(model, tag)
     finally:
-        for _, host, _ in list(adapters(model, tag)):
-            detach(host, tag)
+        detach_all(model, tag)

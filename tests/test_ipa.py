@@ -8,8 +8,7 @@ import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_peft_plugins.reparameterized.inputs import Directions, Watch, join, projector
-from lightning_peft_plugins.reparameterized.ipa import IPA
+from lightning_peft_plugins.reparameterized.ipa import IPA, Directions, Watch, join, projector
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset

@@ -25,7 +25,8 @@ from lightning.pytorch import Trainer, seed_everything
 from measure import QUIET, WATCH, show, silence
 from torch import Tensor, nn
 
-from lightning_peft import PEFT, Method, detach, registry
+from lightning_peft import PEFT, Method, registry
+from lightning_peft.attach import detach_all
 from lightning_peft.data import TextClassificationData
 from lightning_peft.inject import inject, pattern_selects
 from lightning_peft.models import TextClassifier
@@ -94,8 +95,7 @@ class Run:
         self.accuracy = float(checker.validate(self.module, self.data, verbose=False)[0]["val_accuracy"])
         told = WATCH.report(self.module.model) if held else {}
         self.density = {q: statistics.mean(told[q].values()) for q in DENSITIES if q in told}
-        for _, host, _ in list(WATCH.adapters(self.module.model)):
-            detach(host, WATCH.name)  # its cost is not the run's
+        detach_all(self.module.model, WATCH.name)  # its cost is not the run's
         self.batches = [b for _, b in zip(range(8), self.data.val_dataloader(), strict=False)]
 
     @property

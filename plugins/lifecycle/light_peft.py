@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft import Adapter, Base, Method, Step, Traits, arch, attach, detach, parts, resize, surgery
-from lightning_peft.attach import adapters, attached
+from lightning_peft.attach import adapters, attached, detach_all
 from lightning_peft.find import nearest
 from lightning_peft.importance import above, change, first_order, ranks
 from lightning_peft.inject import pattern_selects
@@ -228,8 +228,7 @@ class LightPEFT(Method):
         heads, channels = ({n: m for k, n, m in found if k == kind and m is not None} for kind in ("heads", "channels"))
         heads = above(heads, self.head_ratio, alone=self.head_scope == "layer")
         channels = above(channels, self.ffn_ratio, alone=self.ffn_scope == "layer", multiple=self.ffn_multiple)
-        for _, host, _ in list(self.adapters(model)):
-            detach(host, self.name)
+        detach_all(model, self.name)
         if heads or channels:
             surgery.cut(model, heads, channels, optimizers)
         self._thin_out({n: x for n, x in held.items() if x[1].tags}, list(optimizers))
